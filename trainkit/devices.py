@@ -1,0 +1,101 @@
+"""Which device a run uses: `accelerator`, `devices` and `gpus` name one, or the error says what is here."""
+
+from __future__ import annotations
+
+import torch
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+
+
+def available() -> str:
+    """Say what this machine has, for error messages."""
+    found = ["the cpu"]
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        found.append(f"{count} cuda device{'s' if count > 1 else ''}")
+    if torch.backends.mps.is_available():
+        found.append("1 mps device")
+    return " and ".join(found)
+
+
+def resolve(
+    accelerator: str = "auto", devices: int | str | list[int] = "auto", gpus: int | None = None
+) -> torch.device:
+    """Return the device that the three arguments mean together.
+
+    Args:
+        accelerator: "auto" (cuda, else mps, else cpu), "cpu", "gpu" (cuda or mps), "cuda" or "mps".
+        devices: how many ("auto", 1, "1"), all of them (-1), or which (a list of cuda indices, "0,").
+        gpus: short for accelerator="gpu", devices=gpus.
+
+    Raises:
+        ValueError: an unknown word, a device that is not there, or more than one device.
+    """
+    if gpus is not None:
+        if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
+            raise ValueError(f"gpus must be a whole number of at least 1. Received: {gpus!r}.")
+        if accelerator not in ("auto", "gpu", "cuda", "mps") or devices != "auto":
+            raise ValueError(
+                f"gpus={gpus} is short for accelerator='gpu', devices={gpus}. Received beside it: "
+                f"accelerator={accelerator!r}, devices={devices!r}; give one or the other."
+            )
+        accelerator, devices = ("gpu" if accelerator == "auto" else accelerator), gpus
+    if accelerator not in ACCELERATORS:
+        raise ValueError(f"accelerator must be one of {', '.join(map(repr, ACCELERATORS))}. Received: {accelerator!r}.")
+    kind = _kind(accelerator)
+    indices = _indices(kind, devices)
+    if len(indices) > 1:
+        raise ValueError(f"devices={devices!r} asks for {len(indices)} devices; a run uses one. Give devices=1.")
+    return torch.device(kind, indices[0]) if kind == "cuda" else torch.device(kind)
+
+
+def _kind(accelerator: str) -> str:
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if accelerator == "auto":
+        return "cuda" if cuda else "mps" if mps else "cpu"
+    if accelerator == "gpu" and (cuda or mps):
+        return "cuda" if cuda else "mps"
+    if accelerator == "cpu" or (accelerator == "cuda" and cuda) or (accelerator == "mps" and mps):
+        return accelerator
+    raise ValueError(
+        f"accelerator={accelerator!r} is not there: this machine has {available()}. "
+        "Use accelerator='auto' or accelerator='cpu'."
+    )
+
+
+def _indices(kind: str, devices: int | str | list[int]) -> list[int]:
+    """Return which devices of that kind are meant."""
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if devices == "auto":
+        return [0]
+    wanted: list[int]
+    if isinstance(devices, str):
+        try:
+            parts = [int(part) for part in devices.split(",") if part.strip()]
+        except ValueError:
+            parts = []
+        if not parts:
+            raise ValueError(f"devices must be 'auto', a number or a list of indices. Received: {devices!r}.")
+        wanted = parts if "," in devices else _counted(parts[0], devices, count)
+    elif isinstance(devices, (list, tuple)):
+        wanted = list(devices)
+        if not wanted:
+            raise ValueError("devices=[] names no device; give devices='auto' or devices=1.")
+    elif isinstance(devices, int) and not isinstance(devices, bool):
+        wanted = _counted(devices, devices, count)
+    else:
+        raise TypeError(f"devices must be 'auto', a number or a list of indices. Received: {devices!r}.")
+    if kind == "cpu" and isinstance(devices, (list, tuple)):
+        raise ValueError(f"devices={devices!r}: a list names accelerators, the cpu has no indices. Give devices=1.")
+    missing = [index for index in wanted if isinstance(index, bool) or not 0 <= index < count]
+    if missing and kind != "cpu":
+        raise ValueError(f"devices={devices!r} is not there: this machine has {available()}.")
+    return wanted
+
+
+def _counted(number: int, given: object, count: int) -> list[int]:
+    if number == -1:
+        return list(range(count))
+    if number < 1:
+        raise ValueError(f"devices must be at least 1, or -1 for all. Received: {given!r}.")
+    return list(range(number))

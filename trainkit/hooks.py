@@ -1,0 +1,190 @@
+"""Hooks: who answers at each hook of a run, worked out once, so that a step looks nothing up."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from trainkit.callback import Callback
+
+if TYPE_CHECKING:
+    from trainkit.module import Module
+    from trainkit.trainer import Trainer
+
+Call = Callable[..., Any]
+
+# What each hook is called with after (trainer, module). In firing order; the batch hooks of the evaluations end in
+# dataloader_idx, which a method may leave out.
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "on_fit_start": (),
+    "on_sanity_check_start": (),
+    "on_sanity_check_end": (),
+    "on_train_start": (),
+    "on_train_epoch_start": (),
+    "on_train_batch_start": ("batch", "batch_idx"),
+    "on_before_zero_grad": ("optimizer",),
+    "on_before_backward": ("loss",),
+    "on_after_backward": (),
+    "on_before_optimizer_step": ("optimizer",),
+    "on_train_batch_end": ("outputs", "batch", "batch_idx"),
+    "on_save_point": (),
+    "on_train_epoch_end": (),
+    "on_train_end": (),
+    "on_fit_end": (),
+    **{
+        f"on_{stage}_{event}": arguments
+        for stage in ("validation", "test", "predict")
+        for event, arguments in {
+            "start": (),
+            "epoch_start": (),
+            "batch_start": ("batch", "batch_idx", "dataloader_idx"),
+            "batch_end": ("outputs", "batch", "batch_idx", "dataloader_idx"),
+            "epoch_end": (),
+            "end": (),
+        }.items()
+    },
+    "on_save_checkpoint": ("checkpoint",),
+    "on_exception": ("exception",),
+    "setup": ("stage",),
+    "teardown": ("stage",),
+}
+CALLBACK_ONLY = {"on_sanity_check_start", "on_sanity_check_end", "on_save_point", "on_exception"}
+STEP_HOOKS = {name for name in ARGUMENTS if "_batch_" in name or name.startswith(("on_before_", "on_after_"))}
+
+
+def _nothing(*_: Any) -> None:
+    """Answer for a hook that nobody overrides."""
+
+
+def _first(method: Call, count: int, *arguments: Any) -> Any:
+    """Call a method with the first arguments only."""
+    return method(*arguments[:count])
+
+
+def _each(calls: tuple[Call, ...]) -> Call:
+    def call_each(*arguments: Any) -> Any:
+        answer = None
+        for call in calls:
+            answer = call(*arguments)
+        return answer
+
+    return call_each
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The hooks of one kind of evaluation."""
+
+    start: Call
+    epoch_start: Call
+    batch_start: Call
+    batch_end: Call
+    epoch_end: Call
+    end: Call
+
+
+class Hooks:
+    """The calls a run makes, an attribute for each hook.
+
+    A hook nobody overrides is one shared no-op, a hook with one answer is that very method, more are called in turn:
+    the callbacks as listed, then the module. `print(hooks)` shows who answers where.
+
+    Raises:
+        TypeError: a method can't be called with what its hook passes; the message has both lists.
+    """
+
+    def __init__(self, trainer: Trainer, module: Module, callbacks: Sequence[Callback]) -> None:
+        self.answers: dict[str, list[str]] = {}
+        for name in ARGUMENTS:
+            setattr(self, name, self._build(name, trainer, module, callbacks))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Call: ...
+
+    def _build(self, name: str, trainer: Trainer, module: Module, callbacks: Sequence[Callback]) -> Call:
+        answering = [callback for callback in callbacks if overrides(callback, name, Callback)]
+        # who watches a metric hears of an epoch's end after the module could still log
+        late = [c for c in answering if c.monitors] if name == "on_train_epoch_end" else []
+        owners: list[Any] = [callback for callback in answering if callback not in late]
+        if name not in CALLBACK_ONLY and is_overridden(module, name):
+            owners.append(module)
+        owners += late
+        calls: list[Call] = [
+            checked(getattr(owner, name), name)
+            if owner is module
+            else partial(checked(getattr(owner, name), name, ("trainer", "module")), trainer, module)
+            for owner in owners
+        ]
+        self.answers[name] = [type(owner).__name__ for owner in owners]
+        if not calls:
+            return _nothing
+        call = calls[0] if len(calls) == 1 else _each(tuple(calls))
+        return call if name in STEP_HOOKS else announced(trainer, name, call)
+
+    def evaluation(self, stage: str) -> Evaluation:
+        """Return the hooks of "validation", "test" or "predict" under names without the stage."""
+        return Evaluation(**{event: getattr(self, f"on_{stage}_{event}") for event in Evaluation.__annotations__})
+
+    def __str__(self) -> str:
+        width = max(map(len, self.answers))
+        return "\n".join(f"{name:<{width}}  {', '.join(names) or '-'}" for name, names in self.answers.items())
+
+
+def announced(trainer: Trainer, name: str, call: Call) -> Call:
+    """Tell `log` in which hook it is called. Only for hooks that fire rarely: a step's hooks are called bare."""
+
+    def call_announced(*arguments: Any) -> Any:
+        metrics = trainer.metrics
+        before, metrics.hook = metrics.hook, name
+        try:
+            return call(*arguments)
+        finally:
+            metrics.hook = before
+
+    return call_announced
+
+
+def overrides(owner: object, name: str, base: type) -> bool:
+    """Whether an object has a method of its own where its base class only has the empty one."""
+    method = getattr(owner, name)
+    return getattr(method, "__func__", method) is not getattr(base, name)
+
+
+def is_overridden(module: object, name: str) -> bool:
+    """Whether the user's Module or DataModule, or one of its bases above trainkit's, has this method of its own."""
+    method = getattr(module, name, None)
+    if method is None:
+        return False
+    function = getattr(method, "__func__", method)
+    return getattr(function, "__module__", "") not in ("trainkit.module", "trainkit.datamodule")
+
+
+def accepts(method: Call, count: int) -> bool:
+    """Whether a method can be called with that many positional arguments."""
+    try:
+        inspect.signature(method).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:  # builtins without a signature
+        return True
+    return True
+
+
+def checked(method: Call, name: str, prefix: tuple[str, ...] = ()) -> Call:
+    """Return the method as its hook can call it, dropping a dataloader_idx that the method does not take."""
+    arguments = (*prefix, *ARGUMENTS[name])
+    return fitted(method, name, arguments, len(arguments) - ("dataloader_idx" in arguments))
+
+
+def fitted(method: Call, name: str, arguments: tuple[str, ...], least: int) -> Call:
+    """Return a call that takes all the arguments and hands on as many as the method takes, at least so many."""
+    for count in range(len(arguments), least - 1, -1):
+        if accepts(method, count):
+            return method if count == len(arguments) else partial(_first, method, count)
+    owner = type(getattr(method, "__self__", None)).__name__
+    takes = ", ".join(inspect.signature(method).parameters)
+    raise TypeError(f"{owner}.{name} takes ({takes}) but is called with ({', '.join(arguments)}).")

@@ -1,0 +1,180 @@
+"""Precision: which dtype the parameters, the step and the gradients have.
+
+`Precision` is plain float32 and costs nothing; a subclass overrides what differs. `PRECISIONS` knows them by name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainkit.tree import map_tensors
+
+Step = Callable[..., Any]
+
+
+class Precision:
+    """What the loop asks of a precision. This one is `32-true`: the step as it is."""
+
+    name = "32-true"
+
+    def convert_module(self, module: nn.Module) -> None:
+        """Change the parameters' dtype, before optimizers are made."""
+
+    def wrap(self, step: Step) -> Step:
+        """Return the step as it runs in this precision; called once a run."""
+        return step
+
+    def attach(self, optimizers: list[Optimizer], device: torch.device) -> None:
+        """Get to know the run's optimizers, before the first step."""
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the loss's gradients to the parameters'."""
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Make the optimizer's gradients true ones, before anybody clips or looks at them."""
+
+    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> bool:
+        """Update the weights and return whether they moved."""
+        optimizer.step(closure) if closure is not None else optimizer.step()
+        return True
+
+    def update(self) -> None:
+        """Adapt to how the step went, after every optimizer of the batch has stepped."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+
+
+class MixedPrecision(Precision):
+    """Autocast around the step; float16 with a gradient scaler.
+
+    Parameters stay float32. The scaler multiplies the loss so that small gradients survive float16, and holds an
+    update back when a gradient overflowed (Micikevicius et al., Mixed Precision Training, ICLR 2018).
+
+    Args:
+        dtype: torch.bfloat16 or torch.float16.
+        scaler: the gradient scaler to use; None makes torch's default one for float16 and none for bfloat16.
+    """
+
+    def __init__(self, dtype: torch.dtype, scaler: torch.amp.GradScaler | None = None) -> None:
+        self.dtype = dtype
+        self.scaler = scaler
+        self.name = "bf16-mixed" if dtype is torch.bfloat16 else "16-mixed"
+        self._device_type = "cpu"
+        self._stepped = False
+
+    def wrap(self, step: Step) -> Step:
+        wrapped: Step = torch.autocast(self._device_type, self.dtype)(step)
+        return wrapped
+
+    def attach(self, optimizers: list[Optimizer], device: torch.device) -> None:
+        self._device_type = device.type
+        if self.dtype is not torch.float16:
+            return
+        if self.scaler is None:
+            self.scaler = torch.amp.GradScaler(device.type)
+        for optimizer in optimizers:
+            # the scaler leaves the optimizer alone when a gradient overflowed, and does not say so
+            optimizer.register_step_post_hook(self._note_step)
+
+    def _note_step(self, *_: Any) -> None:
+        self._stepped = True
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> bool:
+        if self.scaler is None:
+            return super().step(optimizer, closure)
+        if closure is not None:
+            raise ValueError(f"precision={self.name!r} can't run {type(optimizer).__name__}: it needs a closure.")
+        self._stepped = False
+        self.scaler.step(optimizer)
+        return self._stepped
+
+    def update(self) -> None:
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict() if self.scaler is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(state)
+
+
+class TruePrecision(Precision):
+    """Parameters, floating-point inputs and new tensors all have one dtype.
+
+    Args:
+        dtype: torch.bfloat16, torch.float16 or torch.float64.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.name = {torch.bfloat16: "bf16-true", torch.float16: "16-true", torch.float64: "64-true"}[dtype]
+
+    def convert_module(self, module: nn.Module) -> None:
+        module.to(self.dtype)
+
+    def wrap(self, step: Step) -> Step:
+        dtype = self.dtype
+
+        def convert(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        @functools.wraps(step)
+        def run(batch: Any, *args: Any) -> Any:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                return step(map_tensors(convert, batch), *args)
+            finally:
+                torch.set_default_dtype(before)
+
+        return run
+
+
+PRECISIONS: dict[str, Callable[[], Precision]] = {
+    "32-true": Precision,
+    "bf16-mixed": lambda: MixedPrecision(torch.bfloat16),
+    "16-mixed": lambda: MixedPrecision(torch.float16),
+    "bf16-true": lambda: TruePrecision(torch.bfloat16),
+    "16-true": lambda: TruePrecision(torch.float16),
+    "64-true": lambda: TruePrecision(torch.float64),
+}
+ALIASES = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+def precision_of(given: str | int | Precision | None) -> Precision:
+    """Return the precision with that name, or the object itself; None is `32-true`.
+
+    Raises:
+        ValueError: no precision has that name; the message lists those that exist.
+    """
+    if isinstance(given, Precision):
+        return given
+    name = "32-true" if given is None else str(given)
+    name = ALIASES.get(name, name)
+    if isinstance(given, bool) or name not in PRECISIONS:
+        known = ", ".join(repr(n) for n in PRECISIONS)
+        raise ValueError(f"precision must be one of {known} or a Precision object. Received: {given!r}.")
+    return PRECISIONS[name]()

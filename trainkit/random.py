@@ -1,0 +1,94 @@
+"""Seeds and random state: python, numpy, torch on the host and on every accelerator."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+MAX_SEED = 2**32 - 1
+
+
+def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
+    """Seed python, numpy and torch, and return the seed.
+
+    Args:
+        seed: 0 to 2**32 - 1. None takes `PL_GLOBAL_SEED` from the environment, else 0.
+        workers: kept for Lightning's signature and written to `PL_SEED_WORKERS`; what a data set draws never
+            depends on it here, see docs/architecture.md.
+        verbose: print the seed.
+
+    Raises:
+        ValueError: the seed is not a whole number in that range.
+    """
+    if seed is None:
+        given = os.environ.get("PL_GLOBAL_SEED", "0")
+        if not given.strip().isdigit():
+            raise ValueError(f"the environment variable PL_GLOBAL_SEED must be a whole number. Received: {given!r}.")
+        seed = int(given)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed must be a whole number from 0 to {MAX_SEED}. Received: {seed!r}.")
+    os.environ["PL_GLOBAL_SEED"] = str(seed)
+    os.environ["PL_SEED_WORKERS"] = str(int(workers))
+    random.seed(seed)
+    torch.manual_seed(seed)
+    _numpy().seed(seed)
+    if verbose:
+        print(f"seed {seed}")
+    return seed
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every random source, as tensors and plain values."""
+    kind, keys, position, has_gauss, gauss = _numpy().get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Take back what `random_state` returned; sources of devices that are not here are left alone."""
+    import numpy as np
+
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        for device, device_state in list(enumerate(state["cuda"]))[: torch.cuda.device_count()]:
+            torch.cuda.set_rng_state(device_state.cpu(), device)
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"].cpu())
+
+
+@contextmanager
+def isolated_random() -> Iterator[None]:
+    """Give every random source its state back on exit."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """Draw a 63-bit seed from a generator, torch's default one when none is given."""
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+
+
+def _numpy() -> Any:
+    import numpy as np  # torch has imported it already when it is installed
+
+    return np.random

@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM during fit: the first is honoured at the next save point, the second acts at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+NOTED = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """Which signal asked this run to end, if any. Nothing is saved inside a handler; the loop looks here."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note signals instead of dying from them; in other threads than the main one signals can't be caught."""
+        self.signal = None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._before = {number: signal.signal(number, self._note) for number in NOTED}
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            if handler is not None:  # None: it was not installed from Python
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            self._restore()
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self.signal = number
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        sys.stderr.write(f"\n{name}: finishing this step and saving; once more stops at once\n")
+        sys.stderr.flush()
+
+    def leave(self) -> None:
+        """Raise what the noted signal means: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
+        if self.signal is not None:
+            raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)

@@ -1,0 +1,102 @@
+"""What a resumed run needs, all of it, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trainkit.errors import CheckpointError
+from trainkit.random import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from trainkit.callback import Callback
+    from trainkit.trainer import Trainer
+
+
+class Stateful(Protocol):
+    """Anything with state: what goes into a checkpoint and comes back from it."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+@dataclass
+class Progress:
+    """Where a run is. Every number counts finished things, so a checkpoint needs no repair on resume."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    batch: int = 0
+    """Batches finished in the epoch that is running; 0 between epochs."""
+    step: int = 0
+    """Optimizer updates done, one for each batch that ends an accumulation window."""
+    total_batch: int = 0
+    """Batches finished in all epochs together."""
+
+    def state_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        for name in asdict(self):
+            setattr(self, name, int(state[name]))
+
+
+class Each:
+    """Several stateful things under one name, told apart by their order."""
+
+    def __init__(self, what: str, parts: Iterable[Stateful]) -> None:
+        self.what, self.parts = what, list(parts)
+
+    def state_dict(self) -> list[Any]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        if len(state) != len(self.parts):
+            raise CheckpointError(
+                f"the checkpoint has {len(state)} {self.what}, configure_optimizers returned {len(self.parts)}."
+            )
+        for part, saved in zip(self.parts, state, strict=True):
+            part.load_state_dict(saved)
+
+
+class ByKey:
+    """The callbacks' states, told apart by their `state_key`; a callback that was not there keeps its fresh state."""
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self.callbacks = list(callbacks)
+
+    def state_dict(self) -> dict[str, Any]:
+        states = {callback.state_key: callback.state_dict() for callback in self.callbacks}
+        return {key: state for key, state in states.items() if state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for callback in self.callbacks:
+            if callback.state_key in state:
+                callback.load_state_dict(state[callback.state_key])
+
+
+class RandomState:
+    """Every random source of the process."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return random_state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_random_state(state)
+
+
+def resume_state(trainer: Trainer) -> dict[str, Stateful]:
+    """Return everything a resumed run needs beside the weights, and nothing else: a line here is saved and restored.
+
+    In the order of loading: random state comes last, so that nothing loaded before it can disturb it.
+    """
+    return {
+        "precision": trainer.precision,
+        "progress": trainer.progress,
+        "optimizer_states": Each("optimizers", trainer.optimizers),
+        "lr_schedulers": Each("lr schedulers", [config.scheduler for config in trainer.lr_scheduler_configs]),
+        "loader": trainer.sources.train,
+        "metrics": trainer.metrics,
+        "random": RandomState(),
+    }

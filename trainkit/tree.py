@@ -1,0 +1,85 @@
+"""Walk the tensors of nested batches: tuples, named tuples, lists, dicts, dataclasses, and things with a `.to`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return the tree with the function applied to every tensor, and to every other object that has a `.to`.
+
+    Containers are rebuilt; anything else (numbers, strings, None) is passed on as it is.
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple):
+        values = [map_tensors(function, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    if isinstance(tree, list):
+        return [map_tensors(function, value) for value in tree]
+    if isinstance(tree, Mapping):
+        mapped = {key: map_tensors(function, value) for key, value in tree.items()}
+        if type(tree) is dict:
+            return mapped
+        if hasattr(tree, "to"):  # transformers' BatchEncoding and its like move themselves
+            return function(tree)
+        try:
+            return type(tree)(mapped)  # type: ignore[call-arg]
+        except TypeError:
+            return mapped
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = {f.name: map_tensors(function, getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.init}
+        return dataclasses.replace(tree, **fields)
+    if hasattr(tree, "to") and not isinstance(tree, (type, torch.nn.Module)):
+        return function(tree)
+    return tree
+
+
+def tensors(tree: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor with where it is, written as the expression that reaches it."""
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from tensors(value, f"{path}[{key!r}]")
+    elif isinstance(tree, (tuple, list)):
+        for index, value in enumerate(tree):
+            yield from tensors(value, f"{path}[{index}]")
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for field in dataclasses.fields(tree):
+            yield from tensors(getattr(tree, field.name), f"{path}.{field.name}")
+
+
+def first_tensor_path(tree: Any) -> tuple[Any, ...] | None:
+    """Return the keys that lead to the first tensor with at least one dimension, or None.
+
+    A key is an index, a mapping's key, or `("attribute", name)` for a dataclass field.
+    """
+    if isinstance(tree, Tensor):
+        return () if tree.ndim else None
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(tree, Mapping):
+        pairs = list(tree.items())
+    elif isinstance(tree, (tuple, list)):
+        pairs = list(enumerate(tree))
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        pairs = [(("attribute", f.name), getattr(tree, f.name)) for f in dataclasses.fields(tree)]
+    for key, value in pairs:
+        rest = first_tensor_path(value)
+        if rest is not None:
+            return (key, *rest)
+    return None
+
+
+def follow(tree: Any, path: tuple[Any, ...]) -> Any:
+    """Return what a path of `first_tensor_path` leads to in a tree of the same structure."""
+    for key in path:
+        tree = (
+            getattr(tree, key[1]) if isinstance(key, tuple) and len(key) == 2 and key[0] == "attribute" else tree[key]
+        )
+    return tree

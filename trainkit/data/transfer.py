@@ -1,0 +1,62 @@
+"""Bring batches to the device, through the user's hooks where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from trainkit.errors import MisconfigurationException
+from trainkit.hooks import is_overridden
+from trainkit.tree import tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainkit.datamodule import DataModule
+    from trainkit.module import Module
+    from trainkit.strategies import Strategy
+
+Transfer = Callable[[Any, int], Any]
+
+
+def transfer_of(strategy: Strategy, module: Module, datamodule: DataModule | None) -> Transfer | None:
+    """Return what brings a batch to the device, None when there is nothing to do: batches are made on the host.
+
+    A DataModule's hooks win over the module's.
+    """
+
+    def owner(name: str) -> Any:
+        return next((o for o in (datamodule, module) if o is not None and is_overridden(o, name)), None)
+
+    before, move, after = map(
+        owner, ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    )
+    if strategy.device.type == "cpu" and not (before or move or after):
+        return None
+    if not (before or move or after):
+        return lambda batch, _: strategy.to_device(batch)
+
+    def transfer(batch: Any, dataloader_idx: int) -> Any:
+        if before is not None:
+            batch = before.on_before_batch_transfer(batch, dataloader_idx)
+        if move is not None:
+            batch = move.transfer_batch_to_device(batch, strategy.device, dataloader_idx)
+        elif strategy.device.type != "cpu":
+            batch = strategy.to_device(batch)
+        return after.on_after_batch_transfer(batch, dataloader_idx) if after is not None else batch
+
+    return transfer
+
+
+def check_device(batch: Any, device: torch.device) -> None:
+    """Refuse a batch that is not where the module is.
+
+    Raises:
+        MisconfigurationException: it names the first tensor that is elsewhere.
+    """
+    for where, tensor in tensors(batch):
+        if tensor.device.type != device.type:
+            raise MisconfigurationException(
+                f"{where} is on {tensor.device}, the module on {device}. Let the data set give tensors on the cpu, "
+                "trainkit brings them over; or fix transfer_batch_to_device / on_after_batch_transfer."
+            )

@@ -1,0 +1,70 @@
+"""DataModule: where data comes from, apart from the model that learns from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trainkit.hparams import HyperParameters
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainkit.trainer import Trainer
+
+
+class DataModule(HyperParameters):
+    """Download, prepare and load the data of a run. Override what you need.
+
+    Called in the order `prepare_data`, `setup(stage)`, the loaders of the stage, `teardown(stage)`.
+    """
+
+    trainer: Trainer | None = None
+    """The trainer of the run, while there is one."""
+
+    def prepare_data(self) -> None:
+        """Download or unpack. Called once on each machine; assign nothing to `self` here."""
+
+    def setup(self, stage: str) -> None:
+        """Make the data sets that a stage needs: "fit", "validate", "test" or "predict"."""
+
+    def train_dataloader(self) -> Any:
+        """Return the training loader: a DataLoader or any iterable of batches."""
+        return None
+
+    def val_dataloader(self) -> Any:
+        """Return the validation loader, or a list of them; None for no validation."""
+        return None
+
+    def test_dataloader(self) -> Any:
+        """Return the test loader, or a list of them."""
+        return None
+
+    def predict_dataloader(self) -> Any:
+        """Return the loader of what is to be predicted, or a list of them."""
+        return None
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Return the batch as it goes to the device."""
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Return the batch on the device; override it for batches of a type of your own."""
+        assert self.trainer is not None, "batches are transferred during a run"
+        return self.trainer.strategy.to_device(batch)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Return the batch as the steps get it: the place for augmentation on the device."""
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        """Clean up after a stage, after an error too."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Called when anything in the run raises."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must survive a restart."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""

@@ -1,0 +1,398 @@
+"""Module: the model, its steps and its optimizers; an nn.Module with the names a Trainer calls."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from trainkit.errors import MisconfigurationException
+from trainkit.hparams import HyperParameters
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from trainkit.loggers import Logger
+    from trainkit.metrics import Metrics
+    from trainkit.trainer import Trainer
+
+
+class Module(HyperParameters, nn.Module):
+    """What is trained. Write `training_step` and `configure_optimizers`; override anything else you need.
+
+    Example:
+        >>> class Line(Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.line = nn.Linear(1, 1)
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y = batch
+        ...         return nn.functional.mse_loss(self.line(x), y)
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+    """
+
+    example_input_array: Any = None
+    """A batch of inputs to `forward`, for summaries and exports."""
+
+    strict_loading: bool = True
+    """Whether a checkpoint must have exactly this module's parameters and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization: bool = True
+
+    # ---------------------------------------------------------------- the steps
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a batch: a tensor, a dict with "loss", or None to skip the batch.
+
+        Called with (batch, batch_idx).
+        """
+        raise MisconfigurationException(f"{type(self).__name__} has no training_step.")
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch; log what should be known. Called with (batch, batch_idx, dataloader_idx)."""
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch of the test set. Called with (batch, batch_idx, dataloader_idx)."""
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the predictions for a batch: `self(batch)` if not overridden."""
+        return self(args[0] if args else kwargs["batch"])
+
+    def configure_optimizers(self) -> Any:
+        """Return an optimizer, several, or a dict with "optimizer" and "lr_scheduler"."""
+        raise MisconfigurationException(
+            f"{type(self).__name__} has no configure_optimizers, so nothing would be learned. For example: "
+            "def configure_optimizers(self): return torch.optim.AdamW(self.parameters(), lr=1e-3). "
+            "Return None to train without an optimizer."
+        )
+
+    # ---------------------------------------------------------------- logging
+    def log(
+        self,
+        name: str,
+        value: Tensor | float,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[..., Any] = "mean",
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+    ) -> None:
+        """Log one value under a name.
+
+        Args:
+            name: the name; with both on_step and on_epoch it forks into `name_step` and `name_epoch`.
+            value: a number or a tensor of one element. A tensor is not read here, so nothing waits for the device.
+            prog_bar: show it on the progress bar.
+            logger: hand it to the loggers (default: yes).
+            on_step: log this very value (default: in training batches).
+            on_epoch: log the epoch's reduction (default: everywhere else).
+            reduce_fx: how an epoch's values become one: "mean" (weighted by batch_size), "sum", "min" or "max".
+            add_dataloader_idx: with several loaders, append `/dataloader_idx_N` to the name.
+            batch_size: the weight in the mean (default: the first dimension of the batch's first tensor).
+
+        Raises:
+            MisconfigurationException: called where nothing can be logged, or with other options than before.
+            ValueError: not a number and not a tensor of one element.
+        """
+        metrics = self.__dict__.get("_metrics")
+        if metrics is None:
+            _warn_without_trainer("log")
+            return
+        metrics.log(
+            name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, batch_size
+        )  # positionally: this is on the step's path
+
+    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
+        """Log several values at once, with the options of `log`."""
+        for name, value in dictionary.items():
+            self.log(name, value, **options)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print, above the progress bar if there is one."""
+        trainer = self.__dict__.get("_trainer")
+        if trainer is None:
+            print(*args, **kwargs)
+        else:
+            trainer.print(*args, **kwargs)
+
+    # ---------------------------------------------------------------- the run it is in
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer of the run.
+
+        Raises:
+            RuntimeError: there is no run yet.
+        """
+        trainer: Trainer | None = self.__dict__.get("_trainer")
+        if trainer is None:
+            raise RuntimeError(f"{type(self).__name__} is not attached to a Trainer: call trainer.fit(module) first.")
+        return trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        self.__dict__["_trainer"] = trainer
+
+    def attach(self, trainer: Trainer, metrics: Metrics) -> None:
+        """Get to know the run: its trainer and where `log` files its values."""
+        self.__dict__["_trainer"], self.__dict__["_metrics"] = trainer, metrics
+
+    @property
+    def current_epoch(self) -> int:
+        """The epoch that is running, from 0; 0 without a trainer."""
+        trainer = self.__dict__.get("_trainer")
+        return trainer.current_epoch if trainer is not None else 0
+
+    @property
+    def global_step(self) -> int:
+        """How many optimizer updates are done; 0 without a trainer."""
+        trainer = self.__dict__.get("_trainer")
+        return trainer.global_step if trainer is not None else 0
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger of the run, or None."""
+        trainer = self.__dict__.get("_trainer")
+        return trainer.logger if trainer is not None else None
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The loggers of the run."""
+        trainer = self.__dict__.get("_trainer")
+        return trainer.loggers if trainer is not None else []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((t.device for source in (self.parameters(), self.buffers()) for t in source), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the floating-point parameters."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        """Return the run's optimizer, or the list of them; for manual optimization.
+
+        Args:
+            use_pl_optimizer: wrapped, so that `step` goes through the precision and is counted; False: as they are.
+        """
+        found: list[Any] = self.trainer.manual_optimizers if use_pl_optimizer else self.trainer.optimizers
+        return found[0] if len(found) == 1 else found
+
+    def lr_schedulers(self) -> Any:
+        """Return the run's lr scheduler, the list of them, or None."""
+        found = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return None if not found else found[0] if len(found) == 1 else found
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass in the run's precision; for manual optimization."""
+        trainer = self.trainer
+        trainer.hooks.on_before_backward(loss)
+        trainer.precision.backward(loss, *args, **kwargs)
+        trainer.hooks.on_after_backward()
+
+    def freeze(self) -> Self:
+        """Turn gradients off for all parameters and go to evaluation mode."""
+        for parameter in self.parameters():
+            parameter.requires_grad = False
+        return self.eval()
+
+    def unfreeze(self) -> Self:
+        """Turn gradients on for all parameters and go to training mode."""
+        for parameter in self.parameters():
+            parameter.requires_grad = True
+        return self.train()
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | PathLike[str],
+        map_location: Any = None,
+        hparams_file: str | PathLike[str] | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Make the module again from a checkpoint: its saved hyperparameters, then its weights.
+
+        Args:
+            checkpoint_path: the file.
+            map_location: a device for the weights (default: the cpu).
+            hparams_file: a YAML file with hyperparameters, for checkpoints that have none.
+            strict: whether parameters must match exactly (default: the module's `strict_loading`).
+            weights_only: kept for Lightning's signature; nothing in a file is ever executed.
+            kwargs: arguments of `__init__` that override the saved ones.
+
+        Raises:
+            CheckpointError: no such file, not a checkpoint, or weights that do not fit; the message names them.
+            TypeError: `__init__` needs an argument that was not saved and not given.
+        """
+        from trainkit.checkpoint.restore import rebuild
+
+        rebuilt: Self = rebuild(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
+        return rebuilt
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.pop("_trainer", None)  # a copy or a pickle of a module is not part of the run
+        state.pop("_metrics", None)
+        return state
+
+    # ---------------------------------------------------------------- data, for modules that bring their own
+    def prepare_data(self) -> None:
+        """Download or unpack. Called once on each machine; assign nothing to `self` here."""
+
+    def train_dataloader(self) -> Any:
+        """Return the training loader: a DataLoader or any iterable of batches."""
+        return None
+
+    def val_dataloader(self) -> Any:
+        """Return the validation loader, or a list of them; None for no validation."""
+        return None
+
+    def test_dataloader(self) -> Any:
+        """Return the test loader, or a list of them."""
+        return None
+
+    def predict_dataloader(self) -> Any:
+        """Return the loader of what is to be predicted, or a list of them."""
+        return None
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Return the batch as it goes to the device."""
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Return the batch on the device; override it for batches of a type of your own."""
+        return self.trainer.strategy.to_device(batch)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Return the batch as the steps get it: the place for augmentation on the device."""
+        return batch
+
+    # ---------------------------------------------------------------- override points of the update
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Move an lr scheduler; `metric` is None unless it watches one."""
+        if metric is None:
+            scheduler.step()
+        else:
+            scheduler.step(metric)
+
+    def configure_callbacks(self) -> Any:
+        """Return a callback or a list of them for this run; they replace the Trainer's of the same type."""
+        return []
+
+    # ---------------------------------------------------------------- hooks, in firing order (see callback.py)
+    def setup(self, stage: str) -> None:
+        """Called when a run begins; `stage` is "fit", "validate", "test" or "predict"."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called with a checkpoint's whole contents before its weights are loaded; change it here."""
+
+    def on_fit_start(self) -> None:
+        """Called when the module is on its device and has its optimizers."""
+
+    def on_train_start(self) -> None:
+        """Called before the first epoch of this run."""
+
+    def on_train_epoch_start(self) -> None:
+        """Called before the first batch of an epoch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Called with the batch on its device; returning -1 skips the rest of the epoch."""
+
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        """Called before an optimizer's gradients are cleared."""
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Called before the backward pass; `loss` is divided by the accumulation already."""
+
+    def on_after_backward(self) -> None:
+        """Called after the backward pass; float16 gradients are still scaled."""
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Called when the window's gradients are complete and unscaled, before they are clipped."""
+
+    def on_train_batch_end(self, outputs: dict[str, Any], batch: Any, batch_idx: int) -> None:
+        """Called after the update; `outputs` has the "loss" and what else the step returned."""
+
+    def on_train_epoch_end(self) -> None:
+        """Called after an epoch's last batch and its validation, when the epoch's metrics are there."""
+
+    def on_train_end(self) -> None:
+        """Called after the last epoch."""
+
+    def on_fit_end(self) -> None:
+        """Called when fit is done and the module is back where it was."""
+
+    def on_validation_start(self) -> None:
+        """Called when the module is in evaluation mode."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Called before the first validation batch."""
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Called before `validation_step`."""
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Called with what `validation_step` returned."""
+
+    def on_validation_epoch_end(self) -> None:
+        """Called after the last validation batch; the last place to log."""
+
+    def on_validation_end(self) -> None:
+        """Called when the validation's metrics are in `trainer.callback_metrics`."""
+
+    def on_test_start(self) -> None:
+        """Called when the module is in evaluation mode."""
+
+    def on_test_epoch_start(self) -> None:
+        """Called before the first test batch."""
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Called before `test_step`."""
+
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Called with what `test_step` returned."""
+
+    def on_test_epoch_end(self) -> None:
+        """Called after the last test batch; the last place to log."""
+
+    def on_test_end(self) -> None:
+        """Called when the test's metrics are in `trainer.callback_metrics`."""
+
+    def on_predict_start(self) -> None:
+        """Called when the module is in evaluation mode."""
+
+    def on_predict_epoch_start(self) -> None:
+        """Called before the first batch to predict."""
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Called before `predict_step`."""
+
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Called with what `predict_step` returned."""
+
+    def on_predict_epoch_end(self) -> None:
+        """Called after the last batch to predict."""
+
+    def on_predict_end(self) -> None:
+        """Called when all predictions are there."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called with a checkpoint's contents before it is written; add keys of your own here."""
+
+    def teardown(self, stage: str) -> None:
+        """Called when a run ends, after an error too."""
+
+
+def _warn_without_trainer(what: str) -> None:
+    warnings.warn(f"self.{what}() does nothing: the module is not attached to a Trainer.", stacklevel=3)

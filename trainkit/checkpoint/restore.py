@@ -1,0 +1,244 @@
+"""From a running Trainer to a checkpoint's contents, and back."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from trainkit.checkpoint import store
+from trainkit.errors import CheckpointError
+from trainkit.hparams import plain_hparams
+from trainkit.state import ByKey, resume_state
+
+if TYPE_CHECKING:
+    from trainkit.loggers import Logger
+    from trainkit.trainer import Trainer
+
+
+def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
+    """Return what a checkpoint of this moment holds, under Lightning's keys where Lightning has one."""
+    from trainkit import __version__
+
+    module, datamodule, progress = trainer.module, trainer.datamodule, trainer.progress
+    between_epochs = progress.batch == 0 and progress.epoch > 0
+    checkpoint: dict[str, Any] = {
+        "epoch": progress.epoch - between_epochs,  # the epoch that the last finished batch belongs to
+        "global_step": progress.step,
+        "trainkit_version": __version__,
+        "state_dict": module.state_dict(),
+        "progress": progress.state_dict(),
+    }
+    if not weights_only and "train" in trainer.sources.loaders:
+        checkpoint["callbacks"] = ByKey(trainer.callbacks).state_dict()
+        for key, part in resume_state(trainer).items():
+            checkpoint[key] = part.state_dict()
+    if module.hparams:
+        checkpoint["hparams_name"] = "kwargs"
+        checkpoint["hyper_parameters"] = plain_hparams(module.hparams)
+    if datamodule is not None:
+        if state := datamodule.state_dict():
+            checkpoint[type(datamodule).__qualname__] = state
+        if datamodule.hparams:
+            checkpoint["datamodule_hparams_name"] = "kwargs"
+            checkpoint["datamodule_hyper_parameters"] = plain_hparams(datamodule.hparams)
+    trainer.hooks.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def restore_weights(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
+    """Load the weights and give hooks, data module and callbacks their part, before the module goes to its device."""
+    module, datamodule = trainer.module, trainer.datamodule
+    module.on_load_checkpoint(checkpoint)
+    load_weights(module, checkpoint, path, module.strict_loading)
+    if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
+        datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+    for callback in trainer.callbacks:
+        callback.on_load_checkpoint(trainer, module, checkpoint)
+
+
+def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
+    """Load everything else that a resumed run needs, when optimizers and loaders are there."""
+    parts = resume_state(trainer)
+    missing = [key for key in parts if key not in checkpoint]
+    if missing:
+        raise CheckpointError(
+            f"{path} has only weights ({', '.join(missing)} missing): a run can't be resumed from it. "
+            f"Start a new run from its weights: {type(trainer.module).__name__}.load_from_checkpoint({str(path)!r})."
+        )
+    ByKey(trainer.callbacks).load_state_dict(checkpoint["callbacks"])
+    for key, part in parts.items():
+        try:
+            part.load_state_dict(checkpoint[key])
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} does not fit this run: {error}") from None
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} does not fit this run: its {key}: {error}.") from error
+
+
+def load_weights(module: nn.Module, checkpoint: Mapping[str, Any], path: object, strict: bool) -> None:
+    """Load a checkpoint's weights, comparing names and shapes before anything is changed.
+
+    Raises:
+        CheckpointError: they do not fit; the message names the keys.
+    """
+    if "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} has no 'state_dict'; it has: {', '.join(map(str, checkpoint)) or 'nothing'}.")
+    saved: Mapping[str, Any] = checkpoint["state_dict"]
+    own = module.state_dict()
+    problems = []
+    if strict:
+        problems += _listed("the module has, the checkpoint has not", [key for key in own if key not in saved])
+        problems += _listed("the checkpoint has, the module has not", [key for key in saved if key not in own])
+    problems += _listed(
+        "the shapes differ",
+        [
+            f"{key} (module {tuple(own[key].shape)}, checkpoint {tuple(saved[key].shape)})"
+            for key in own
+            if key in saved
+            and isinstance(own[key], Tensor)
+            and isinstance(saved[key], Tensor)
+            and not is_lazy(own[key])
+            and own[key].shape != saved[key].shape
+        ],
+    )
+    if problems:
+        raise CheckpointError(f"{path} does not fit {type(module).__name__}:\n" + "\n".join(problems))
+    module.load_state_dict(saved, strict=strict)
+
+
+def _listed(what: str, keys: list[str], most: int = 10) -> list[str]:
+    if not keys:
+        return []
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return [f"  {what}: {', '.join(keys[:most])}{more}"]
+
+
+def rebuild(
+    cls: type,
+    path: str | PathLike[str],
+    map_location: Any,
+    hparams_file: str | PathLike[str] | None,
+    strict: bool | None,
+    overrides: dict[str, Any],
+) -> Any:
+    """Make a Module again from a checkpoint. See `Module.load_from_checkpoint`."""
+    checkpoint = store.load(Path(path))
+    saved = dict(checkpoint.get("hyper_parameters") or {})
+    if hparams_file is not None:
+        saved = _hparams_of(Path(hparams_file))
+    arguments = {**saved, **overrides}
+    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        arguments = {name: value for name, value in arguments.items() if name in parameters or name in overrides}
+    missing = [
+        name
+        for name, parameter in list(parameters.items())[1:]
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and name not in arguments
+    ]
+    if missing:
+        raise TypeError(
+            f"{cls.__name__} needs {', '.join(map(repr, missing))}, which {path} does not have. Give them to "
+            "load_from_checkpoint, or call self.save_hyperparameters() in __init__ before training."
+        )
+    module = cls(**arguments)
+    module.on_load_checkpoint(checkpoint)
+    load_weights(module, checkpoint, path, module.strict_loading if strict is None else strict)
+    if map_location is not None and not callable(map_location) and not isinstance(map_location, Mapping):
+        module.to(torch.device(map_location))
+    return module
+
+
+def _hparams_of(path: Path) -> dict[str, Any]:
+    import yaml
+
+    with path.open() as file:
+        loaded = yaml.safe_load(file)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must be a YAML mapping of hyperparameters. Received: {type(loaded).__name__}.")
+    return loaded
+
+
+def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str) -> Path | None:
+    """Return the file that a `ckpt_path` means: itself, "last" or "best"; None to start from zero.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    if ckpt_path is None:
+        return None
+    if str(ckpt_path) == "last":
+        path = find_last(trainer)
+        if path is None and stage != "fit":
+            raise CheckpointError("ckpt_path='last': there is no checkpoint yet. Train first, or name a file.")
+        if path is None:
+            warnings.warn("ckpt_path='last': there is no checkpoint yet, the run starts from zero.", stacklevel=6)
+        return path
+    if str(ckpt_path) == "best":
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not best:
+            raise CheckpointError(
+                "ckpt_path='best': this Trainer has not saved a best checkpoint yet. Name a file, or use 'last'."
+            )
+        return Path(best)
+    return Path(ckpt_path)
+
+
+def continue_loggers(loggers: Iterable[Logger], path: Path, step: int) -> None:
+    """Let loggers go on in the run directory that a checkpoint lies in, if it is that run's newest one.
+
+    From an older one a branch begins, which gets a directory of its own: what came after it stays untouched.
+    """
+    if path.parent.name != "checkpoints":
+        return
+    run = path.resolve().parent.parent
+    newest = store.newest(path.parent)
+    if newest is None or store.step_of(newest) > step:
+        return
+    for logger in loggers:
+        if logger.root_dir and Path(logger.root_dir).resolve() == run.parent:
+            logger.continue_run(run, step)
+
+
+def find_last(trainer: Trainer) -> Path | None:
+    """Return the newest checkpoint that `ckpt_path="last"` means, None when there is none yet.
+
+    It is looked for in the checkpoint callbacks' own folders; without one, in the folders of the runs that the first
+    logger has made, the newest first.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be read.
+    """
+    own = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    folders = [Path(folder) for folder in own if folder]
+    if not folders and trainer.logger is not None and trainer.logger.root_dir:
+        root = Path(trainer.logger.root_dir)
+        runs = [run for run in root.iterdir() if run.is_dir()] if root.is_dir() else []
+        folders = [run / "checkpoints" for run in sorted(runs, key=_run_number, reverse=True)]
+    if not folders:
+        folders = [Path(trainer.default_root_dir) / "checkpoints"]
+    for folder in folders:
+        if not any(folder.glob("*.ckpt")):
+            continue
+        found = store.newest(folder)
+        if found is None:
+            raise CheckpointError(
+                f"ckpt_path='last': none of the checkpoints in {folder} can be read. "
+                "Start from zero with ckpt_path=None, or name another file."
+            )
+        return found
+    return None
+
+
+def _run_number(run: Path) -> tuple[int, str]:
+    digits = run.name.removeprefix("version_")
+    return (int(digits), "") if digits.isdigit() else (-1, run.name)

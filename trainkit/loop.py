@@ -1,0 +1,206 @@
+"""The three loops: fit, evaluate, predict. Each is one function; every hook of a run fires here or in `Trainer`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from trainkit.errors import MisconfigurationException
+from trainkit.metrics import TRAIN_BATCH
+
+if TYPE_CHECKING:
+    from trainkit.data.loader import Loader
+    from trainkit.trainer import Trainer
+
+
+def fit(trainer: Trainer) -> None:
+    """Train until a limit is reached: zero_grad, forward, loss, backward, step, log.
+
+    Counters advance before anybody hears of a finished batch, and checkpoints are written only at save points, where
+    no gradient is pending: what is saved there needs no repair on resume.
+    """
+    module, precision, progress, sources = trainer.module, trainer.precision, trainer.progress, trainer.sources
+    hooks, metrics, optimizers, schedules = trainer.hooks, trainer.metrics, trainer.optimizers, trainer.schedules
+    training_step = trainer.wrapped_step("training_step")  # in float32 on one device: the method itself
+    transfer, clip = trainer.transfer, trainer.clip  # None: nothing to do
+    automatic = module.automatic_optimization
+    log_every = trainer.log_every_n_steps or sys.maxsize
+
+    hooks.on_train_start()
+    while not trainer.done:
+        start, is_last, gradients = progress.batch, True, False
+        if start == 0:  # else: resumed inside this epoch
+            sources.reload_if_due(progress.epoch)
+            metrics.start_epoch()
+            hooks.on_train_epoch_start()
+        metrics.hook = TRAIN_BATCH
+
+        for batch_idx, batch, is_last in sources.train.epoch(progress.epoch, start):
+            trainer.is_last_batch = is_last
+            if transfer is not None:
+                batch = transfer(batch, 0)
+            if batch_idx == start:
+                trainer.check_batch(batch)
+            metrics.batch = batch
+            if hooks.on_train_batch_start(batch, batch_idx) == -1:
+                is_last = True
+                break
+
+            # Clear the last window's gradients before this one's activations grow.
+            accumulate = trainer.accumulate_grad_batches
+            window_ends = is_last or (batch_idx + 1) % accumulate == 0
+            if automatic and not gradients:
+                for optimizer in optimizers:
+                    hooks.on_before_zero_grad(optimizer)
+                    optimizer.zero_grad()
+
+            # Forward, loss, backward.
+            output = training_step(batch, batch_idx)
+            loss = loss_of(output) if automatic else None
+            if loss is not None:  # None: the module skips this batch, or optimizes by itself
+                if accumulate > 1:
+                    loss = loss / accumulate
+                hooks.on_before_backward(loss)
+                precision.backward(loss)
+                hooks.on_after_backward()
+                gradients = True
+
+            # Update the weights.
+            stepped = trainer.take_manual_step() if not automatic else window_ends and gradients
+            if automatic and stepped:
+                moved = True
+                for optimizer in optimizers:
+                    precision.unscale(optimizer)
+                    hooks.on_before_optimizer_step(optimizer)
+                    if clip is not None:
+                        clip(optimizer)
+                    moved &= precision.step(optimizer)  # False: float16 overflowed and the weights were held
+                precision.update()
+                gradients = False
+                if moved and schedules.by_step:
+                    schedules.move(schedules.by_step, progress.step + 1)
+
+            # Count, then tell, log and validate: from here on the counters speak of finished things only.
+            progress.batch += 1
+            progress.total_batch += 1
+            progress.step += stepped
+            if is_last and automatic:
+                schedules.move(schedules.by_epoch, progress.epoch + 1)
+            hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
+            if stepped and (progress.step % log_every == 0 or trainer.should_stop):
+                trainer.log_metrics(metrics.step_metrics())
+            if trainer.validation_due(is_last):
+                if window_ends:
+                    module.zero_grad()
+                evaluate(trainer, "validation", sources.loaders["val"])
+                metrics.resume_train(TRAIN_BATCH)
+                schedules.move(schedules.plateau_by_step, progress.step)
+
+            # Stop or save, but only between accumulation windows.
+            if is_last or (window_ends and trainer.stopping):
+                break
+            if window_ends:
+                hooks.on_save_point()
+
+        metrics.batch = None
+        if is_last or not trainer.interrupted:  # a limit inside an epoch ends it early, a signal leaves it open
+            metrics.epoch_ended = True
+            hooks.on_train_epoch_end()
+            schedules.move(schedules.plateau_by_epoch, progress.epoch + 1)
+            trainer.log_metrics(metrics.epoch_metrics())
+        if is_last:
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+        hooks.on_save_point()
+        trainer.leave_if_interrupted()
+    hooks.on_train_end()
+
+
+def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[str, float]]:
+    """Run "validation" or "test" over every loader in turn and return what was logged, a dict for each loader."""
+    hooks, metrics, transfer = trainer.hooks.evaluation(stage), trainer.metrics, trainer.transfer
+    step_name = f"{stage}_step"
+    step = trainer.wrapped_step(step_name, len(loaders))
+    table = metrics.begin(stage, len(loaders))
+
+    with trainer.evaluation_mode(stage):
+        hooks.start()
+        hooks.epoch_start()
+        metrics.hook = step_name
+        for dataloader_idx, loader in enumerate(loaders):
+            table.dataloader_idx = dataloader_idx
+            for batch_idx, batch, is_last in loader.epoch(trainer.progress.epoch):
+                trainer.is_last_batch = is_last
+                if transfer is not None:
+                    batch = transfer(batch, dataloader_idx)
+                if batch_idx == 0:
+                    trainer.check_batch(batch)
+                metrics.batch = batch
+                hooks.batch_start(batch, batch_idx, dataloader_idx)
+                output = step(batch, batch_idx, dataloader_idx)
+                hooks.batch_end(output, batch, batch_idx, dataloader_idx)
+                if table.logs_steps:
+                    trainer.log_metrics(metrics.evaluation_step_metrics(), step=batch_idx)
+        metrics.batch, table.dataloader_idx = None, 0
+        hooks.epoch_end()
+        results = metrics.evaluation_results()
+        trainer.log_metrics(metrics.evaluation_metrics())
+        hooks.end()
+    return results
+
+
+def predict(trainer: Trainer, loaders: list[Loader], keep: bool) -> list[Any]:
+    """Run `predict_step` over every loader and return what it gave, on the host; a list for each loader."""
+    hooks, metrics, transfer = trainer.hooks.evaluation("predict"), trainer.metrics, trainer.transfer
+    step = trainer.wrapped_step("predict_step", len(loaders))
+    predictions: list[list[Any]] = [[] for _ in loaders]
+
+    with trainer.evaluation_mode("predict"):
+        hooks.start()
+        hooks.epoch_start()
+        metrics.hook = "predict_step"
+        for dataloader_idx, loader in enumerate(loaders):
+            for batch_idx, batch, is_last in loader.epoch(trainer.progress.epoch):
+                trainer.is_last_batch = is_last
+                if transfer is not None:
+                    batch = transfer(batch, dataloader_idx)
+                if batch_idx == 0:
+                    trainer.check_batch(batch)
+                hooks.batch_start(batch, batch_idx, dataloader_idx)
+                output = step(batch, batch_idx, dataloader_idx)
+                hooks.batch_end(output, batch, batch_idx, dataloader_idx)
+                if keep:
+                    predictions[dataloader_idx].append(trainer.to_host(output))
+        hooks.epoch_end()
+        hooks.end()
+    return predictions[0] if len(loaders) == 1 else predictions
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """Return the loss in what `training_step` returned: a tensor, a mapping with "loss", or None for "skip"."""
+    loss = output
+    if isinstance(output, Mapping):
+        loss = output.get("loss", output)
+    if loss is None:
+        return None
+    if not isinstance(loss, Tensor):
+        raise MisconfigurationException(
+            "training_step must return the loss as a tensor, a dict with the key 'loss', or None to skip the batch. "
+            f"Received: {f'a dict with {sorted(output)}' if isinstance(output, Mapping) else repr(output)}."
+        )
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            "training_step returned a loss that does not require grad, so nothing can be learned from it. Was it "
+            "detached, turned into a number, or computed under torch.no_grad()? Are all parameters frozen?"
+        )
+    return loss
+
+
+def outputs_of(output: Any, loss: Tensor | None) -> dict[str, Any]:
+    """Return what `on_train_batch_end` gets: the "loss" and whatever else the step returned, without the graph."""
+    outputs = dict(output) if isinstance(output, Mapping) else {"loss": output} if output is not None else {}
+    if loss is not None:
+        outputs["loss"] = loss.detach()
+    return outputs

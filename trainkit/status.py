@@ -1,0 +1,289 @@
+"""What a run tells about itself: counters, stage, metrics, data, components. Reading any of it changes nothing."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from trainkit.callback import Callback
+    from trainkit.data.sources import Clock, Sources
+    from trainkit.loggers import Logger
+    from trainkit.metrics import Metrics
+    from trainkit.module import Module
+    from trainkit.precision import Precision
+    from trainkit.signals import Interruption
+    from trainkit.state import Progress
+    from trainkit.strategies import Strategy
+
+
+class Status:
+    """The read-only side of a Trainer, under Lightning's names. No property communicates between processes."""
+
+    module: Module
+    progress: Progress
+    metrics: Metrics
+    sources: Sources
+    interruption: Interruption
+    callbacks: list[Callback]
+    loggers: list[Logger]
+    precision: Precision
+    strategy: Strategy
+    default_root_dir: str
+    num_sanity_val_steps: int
+    stage: str | None
+    sanity_checking: bool
+    should_stop: bool
+    is_last_batch: bool
+    max_epochs: int | None
+    min_epochs: int | None
+    max_steps: int
+    min_steps: int | None
+    val_check_interval: float | timedelta
+    check_val_every_n_epoch: int | None
+    _since_validation: Clock
+    _inside_evaluation: bool
+
+    # ---- counters
+    @property
+    def current_epoch(self) -> int:
+        """The epoch that is running, from 0; one more after its end."""
+        return self.progress.epoch
+
+    @property
+    def global_step(self) -> int:
+        """How many optimizer updates are done; several optimizers stepping in one batch count once."""
+        return self.progress.step
+
+    @property
+    def log_step(self) -> int:
+        """The x value of what is logged now: the 0-based index of the last update."""
+        return max(self.progress.step - 1, 0)
+
+    # ---- limits
+    @property
+    def done(self) -> bool:
+        """Whether the run has reached one of its limits."""
+        epochs_over = self.max_epochs is not None and 0 <= self.max_epochs <= self.progress.epoch
+        return epochs_over or self.stopping
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run ends after this batch: a step limit, `should_stop`, or a signal."""
+        if self.interruption.signal is not None or 0 <= self.max_steps <= self.progress.step:
+            return True
+        return self.should_stop and self._may_stop()
+
+    def _may_stop(self) -> bool:
+        """Whether min_epochs and min_steps are reached, so that `should_stop` is honoured."""
+        epochs = self.progress.epoch + (self.is_last_batch and self.progress.batch > 0)
+        return epochs >= (self.min_epochs or 0) and self.progress.step >= (self.min_steps or 0)
+
+    def validation_due(self, is_last: bool) -> bool:
+        """Whether to validate after the batch that has just been counted."""
+        if not self.sources.loaders.get("val"):
+            return False
+        every, interval, n = self.sources.val_every, self.val_check_interval, self.check_val_every_n_epoch
+        if n is not None and (self.progress.epoch + 1) % n:
+            return False
+        if isinstance(interval, timedelta):
+            return self._since_validation.passed(interval)
+        if self.should_stop and self._may_stop():
+            return True
+        if every is None:
+            return is_last
+        return (self.progress.batch if n is not None else self.progress.total_batch) % every == 0
+
+    # ---- stage
+    @property
+    def training(self) -> bool:
+        """Whether the run is in fit and not validating."""
+        return self.stage == "fit" and not self._inside_evaluation
+
+    @property
+    def validating(self) -> bool:
+        """Whether the run is validating, inside fit or alone."""
+        inside_fit = self.stage == "fit" and self._inside_evaluation and not self.sanity_checking
+        return self.stage == "validate" or inside_fit
+
+    @property
+    def testing(self) -> bool:
+        """Whether the run is in test."""
+        return self.stage == "test"
+
+    @property
+    def predicting(self) -> bool:
+        """Whether the run is in predict."""
+        return self.stage == "predict"
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether the run is validating or testing."""
+        return self.validating or self.testing
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal asked this run to end."""
+        return self.interruption.signal is not None
+
+    # ---- metrics
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """Everything that was logged, newest values, as 0-dimensional tensors."""
+        return self.metrics.callback_metrics
+
+    @property
+    def logged_metrics(self) -> dict[str, float]:
+        """What the loggers got, newest values."""
+        return dict(self.metrics.logged)
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """What was logged with prog_bar=True, newest values. Reading it waits for the device."""
+        return self.metrics.progress_bar_metrics
+
+    # ---- data
+    @property
+    def num_training_batches(self) -> int | float:
+        """Training batches of an epoch; infinity when the loader does not say."""
+        return next(iter(self.sources.num_batches("train")), math.inf)
+
+    @property
+    def num_val_batches(self) -> list[int | float]:
+        """Validation batches of each loader."""
+        return self.sources.num_batches("val")
+
+    @property
+    def num_sanity_val_batches(self) -> list[int | float]:
+        """Validation batches of each loader that the sanity check tries."""
+        steps = math.inf if self.num_sanity_val_steps == -1 else self.num_sanity_val_steps
+        return [min(steps, number) for number in self.num_val_batches]
+
+    @property
+    def num_test_batches(self) -> list[int | float]:
+        """Test batches of each loader."""
+        return self.sources.num_batches("test")
+
+    @property
+    def num_predict_batches(self) -> list[int | float]:
+        """Batches to predict of each loader."""
+        return self.sources.num_batches("predict")
+
+    @property
+    def train_dataloader(self) -> Any:
+        """The training loader as the user made it, None before there is one."""
+        return self.sources.objects.get("train")
+
+    @property
+    def val_dataloaders(self) -> Any:
+        """The validation loaders as the user made them."""
+        return self.sources.objects.get("val")
+
+    @property
+    def test_dataloaders(self) -> Any:
+        """The test loaders as the user made them."""
+        return self.sources.objects.get("test")
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        """The predict loaders as the user made them."""
+        return self.sources.objects.get("predict")
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether fit validates."""
+        return bool(self.sources.loaders.get("val"))
+
+    # ---- components
+    @property
+    def model(self) -> Module:
+        """The module, as Lightning calls it."""
+        return self.module
+
+    @property
+    def lightning_module(self) -> Module:
+        """The module, as Lightning calls it."""
+        return self.module
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger, or None."""
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def log_dir(self) -> str:
+        """The run directory: the first logger's, else default_root_dir."""
+        directory = self.loggers[0].log_dir if self.loggers else None
+        return str(directory) if directory is not None else self.default_root_dir
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module and its batches are during a run."""
+        return self.strategy.device
+
+    @property
+    def precision_name(self) -> str:
+        """The precision as it is written: "32-true", "bf16-mixed", ..."""
+        return self.precision.name
+
+    @property
+    def checkpoint_callback(self) -> Callback | None:
+        """The first callback that writes checkpoints, or None."""
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def checkpoint_callbacks(self) -> list[Callback]:
+        """The callbacks that write checkpoints."""
+        return [callback for callback in self.callbacks if callback.saves]
+
+    @property
+    def early_stopping_callback(self) -> Callback | None:
+        """The first EarlyStopping, or None."""
+        return next(iter(self.early_stopping_callbacks), None)
+
+    @property
+    def early_stopping_callbacks(self) -> list[Callback]:
+        """The EarlyStopping callbacks."""
+        from trainkit.callbacks import EarlyStopping
+
+        return [callback for callback in self.callbacks if isinstance(callback, EarlyStopping)]
+
+    @property
+    def progress_bar_callback(self) -> Callback | None:
+        """The progress bar, or None."""
+        from trainkit.callbacks import ProgressBar
+
+        return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
+
+    # ---- processes
+    @property
+    def global_rank(self) -> int:
+        """The number of this process, from 0."""
+        return self.strategy.global_rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes the run has."""
+        return self.strategy.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.global_rank == 0
+
+
+def results_table(stage: str, results: list[dict[str, float]]) -> str:
+    """Return an evaluation's results as a table, a column for each loader."""
+    names = sorted({name for result in results for name in result})
+    if not names:
+        return f"{stage}: nothing was logged"
+    width = max(map(len, names))
+    lines = [f"{stage:<{width}}" + "".join(f"  {f'loader {i}':>12}" for i in range(len(results)) if len(results) > 1)]
+    for name in names:
+        cells = "".join(f"  {result[name]:>12.6g}" if name in result else " " * 14 for result in results)
+        lines.append(f"{name:<{width}}{cells}")
+    return "\n".join(line.rstrip() for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,15 @@ def loggers_of(given: Any, root: str) -> list[Logger]:
         if not isinstance(logger, Logger):
             raise TypeError(f"logger must be True, False, or Logger objects. Received: {logger!r}.")
     return loggers
+
+
+def claim_directories(loggers: list[Logger]) -> None:
+    """Make the run directories, or fail with the reason; loggers of one root share the first one's directory."""
+    for logger in loggers:
+        first = loggers[0]
+        if logger.root_dir is not None and logger.root_dir == first.root_dir and logger.log_dir != first.log_dir:
+            logger.continue_run(Path(str(first.log_dir)), 0)
+        logger.check_writable()
 
 
 def callbacks_of(

@@ -97,7 +97,8 @@ def fit(trainer: Trainer) -> None:
                     module.zero_grad()
                 evaluate(trainer, "validation", sources.loaders["val"])
                 metrics.resume_train(TRAIN_BATCH)
-                schedules.move(schedules.plateau_by_step, progress.step)
+                if automatic:
+                    schedules.move(schedules.plateau_by_step, progress.step)
 
             # Stop or save, but only between accumulation windows.
             if is_last or (window_ends and trainer.stopping):
@@ -109,7 +110,8 @@ def fit(trainer: Trainer) -> None:
         if is_last or not trainer.interrupted:  # a limit inside an epoch ends it early, a signal leaves it open
             metrics.epoch_ended = True
             hooks.on_train_epoch_end()
-            schedules.move(schedules.plateau_by_epoch, progress.epoch + 1)
+            if is_last and automatic:
+                schedules.move(schedules.plateau_by_epoch, progress.epoch + 1)
             trainer.log_metrics(metrics.epoch_metrics())
         if is_last:
             progress.epoch, progress.batch = progress.epoch + 1, 0

@@ -392,12 +392,14 @@ class Metrics:
             "train": [metric.state_dict() for metric in self.train.metrics.values() if metric.last is not None],
             "published": dict(self.published),
             "published_bar": dict(self.published_bar),
+            "epoch_ended": self.epoch_ended,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self.published = dict(state["published"])
         self.published_bar = dict(state["published_bar"])
+        self.epoch_ended = bool(state["epoch_ended"])
         for saved in state["train"]:
             values = {name: saved.pop(name) for name in ("last", "total", "weight", "fresh")}
             metric = Metric(**saved)

@@ -236,7 +236,6 @@ class Trainer(Status):
             CheckpointError: the checkpoint is missing, damaged or does not fit.
         """
         with self._running("fit", model, datamodule, train=train_dataloaders, val=val_dataloaders, ckpt_path=ckpt_path):
-            self._check_can_train()
             self.sources.load_train()
             self.sources.load_evaluation("val")
             self._restore_run()
@@ -338,6 +337,8 @@ class Trainer(Status):
     ) -> Iterator[None]:
         """Set a run up in Lightning's order, and tear it down whatever happens."""
         self._attach(stage, model, datamodule, sources)
+        if stage == "fit":
+            self._check_can_train()
         module, hooks = self.module, self.hooks
         data: list[DataModule] = [self.datamodule] if self.datamodule is not None else []
         status = "failed"
@@ -346,8 +347,7 @@ class Trainer(Status):
                 for prepare_data in [*(part.prepare_data for part in data), module.prepare_data]:
                     prepare_data()
                 self._read_checkpoint(ckpt_path, stage)
-                for logger in self.loggers:
-                    logger.check_writable()
+                components.claim_directories(self.loggers)
                 for part in data:
                     part.setup(stage)
                 hooks.setup(stage)
@@ -471,6 +471,8 @@ class Trainer(Status):
                 f"{type(module).__name__} has no training_step(self, batch, batch_idx), which fit calls with each "
                 "batch and which returns the loss."
             )
+        if not is_overridden(module, "configure_optimizers"):
+            module.configure_optimizers()  # the one that is not overridden raises, and says what to write
         if not module.automatic_optimization:
             for name, value, off in (
                 ("accumulate_grad_batches", self.accumulate_grad_batches, 1),
@@ -527,7 +529,10 @@ class Trainer(Status):
             raise TypeError(f"save_checkpoint takes no storage_options. Received: {storage_options!r}.")
         if getattr(self, "module", None) is None:
             raise RuntimeError("save_checkpoint needs a module: call it during or after fit.")
-        store.save(Path(filepath), restore.collect(self, bool(weights_only)))
+        checkpoint = restore.collect(self, bool(weights_only))
+        for logger in self.loggers:
+            logger.sync()  # a run resumed from here expects the earlier rows to be there
+        store.save(Path(filepath), checkpoint)
 
     def _read_checkpoint(self, ckpt_path: str | os.PathLike[str] | None, stage: Stage) -> None:
         """Read the checkpoint that `ckpt_path` means, and let the loggers go on where it was written."""

@@ -1,0 +1,436 @@
+"""The Trainer: what it sets up, what it leaves behind, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from trainkit import Callback, Module, Trainer, seed_everything
+from trainkit.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar, Timer
+from trainkit.errors import CheckpointError, MisconfigurationException
+from trainkit.loggers import CSVLogger, TensorBoardLogger
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+BARE = {**QUIET, "logger": False, "enable_checkpointing": False}
+
+
+# ---------------------------------------------------------------- the whole of it
+def test_fit_validate_test_predict_with_a_data_module(TinyModule: Any, TinyData: Any) -> None:
+    trainer = Trainer(**QUIET, max_epochs=3, log_every_n_steps=2)
+    module, data = TinyModule(), TinyData(shuffle=True)
+    trainer.fit(module, datamodule=data)
+    validated = trainer.validate(module, datamodule=data, verbose=False)
+    tested = trainer.test(module, datamodule=data, verbose=False)
+    predictions = trainer.predict(module, datamodule=data)
+    assert list(validated[0]) == ["val_loss"]
+    assert tested[0]["test_loss"] == pytest.approx(validated[0]["val_loss"])
+    assert torch.cat(predictions).shape == (32, 1)
+    run = Path(trainer.log_dir)
+    assert run.name == "version_0"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch=2-step=24.ckpt"]
+    assert list(run.glob("events.out.tfevents.*"))
+    assert (run / "hparams.yaml").read_text() == "lr: 0.05\n"
+
+
+def test_a_data_module_may_be_given_in_the_place_of_the_loaders(TinyModule: Any, TinyData: Any) -> None:
+    trainer = Trainer(**BARE, max_epochs=1)
+    trainer.fit(TinyModule(), TinyData())
+    assert trainer.global_step == 8
+    assert "val_loss" in trainer.callback_metrics
+
+
+def test_hooks_of_the_data_module_come_in_order(TinyModule: Any, TinyData: Any) -> None:
+    trace = []
+
+    class Data(TinyData):  # type: ignore[misc, valid-type]
+        def prepare_data(self) -> None:
+            trace.append("prepare_data")
+
+        def setup(self, stage: str) -> None:
+            trace.append(f"setup {stage}")
+
+        def train_dataloader(self) -> Any:
+            trace.append("train_dataloader")
+            return super().train_dataloader()
+
+        def val_dataloader(self) -> Any:
+            trace.append("val_dataloader")
+            return super().val_dataloader()
+
+        def teardown(self, stage: str) -> None:
+            trace.append(f"teardown {stage}")
+
+    Trainer(**BARE, max_epochs=2).fit(TinyModule(), datamodule=Data())
+    assert trace == ["prepare_data", "setup fit", "train_dataloader", "val_dataloader", "teardown fit"]
+
+
+def test_loaders_are_asked_for_again_every_n_epochs(TinyModule: Any, TinyData: Any) -> None:
+    asked = []
+
+    class Data(TinyData):  # type: ignore[misc, valid-type]
+        def train_dataloader(self) -> Any:
+            asked.append(self.trainer.current_epoch)
+            return super().train_dataloader()
+
+    Trainer(**BARE, max_epochs=5, reload_dataloaders_every_n_epochs=2).fit(TinyModule(), datamodule=Data())
+    assert asked == [0, 2, 4]
+
+
+def test_two_fits_in_one_process_leave_nothing_behind(TinyModule: Any, TinyData: Any) -> None:
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    results = []
+    for _ in range(2):
+        trainer = Trainer(**BARE, max_epochs=1)
+        module = TinyModule()
+        trainer.fit(module, datamodule=TinyData())
+        results.append(module.line.weight.tolist())
+    assert results[0] == results[1]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert trainer.stage is None
+
+
+def test_the_same_trainer_goes_on_with_more_epochs(TinyModule: Any, TinyData: Any) -> None:
+    trainer = Trainer(**BARE, max_epochs=1)
+    module = TinyModule()
+    trainer.fit(module, datamodule=TinyData())
+    trainer.max_epochs = 3
+    trainer.fit(module, datamodule=TinyData())
+    assert (trainer.current_epoch, trainer.global_step) == (3, 24)
+
+
+def test_fast_dev_run_runs_every_loop_and_writes_nothing(TinyModule: Any, TinyData: Any, tmp_path: Path) -> None:
+    trainer = Trainer(
+        **QUIET, fast_dev_run=2, callbacks=[EarlyStopping("val_loss"), ModelCheckpoint(monitor="val_loss")]
+    )
+    module, data = TinyModule(), TinyData()
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    assert trainer.global_step == 2
+    assert trainer.num_val_batches == []  # the test's run has none
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(3, 3), (0.5, 4), (1.0, 8), (100, 8)])
+def test_limits_shorten_every_loop(TinyModule: Any, TinyData: Any, limit: float, batches: int) -> None:
+    trainer = Trainer(
+        **BARE, max_epochs=1, limit_train_batches=limit, limit_val_batches=limit, limit_test_batches=limit,
+        limit_predict_batches=limit,
+    )  # fmt: skip
+    module, data = TinyModule(), TinyData()
+    trainer.fit(module, datamodule=data)
+    assert (trainer.num_training_batches, trainer.num_val_batches) == (batches, [batches])
+    assert trainer.global_step == batches
+    trainer.test(module, datamodule=data, verbose=False)
+    assert trainer.num_test_batches == [batches]
+    assert len(trainer.predict(module, datamodule=data)) == batches
+
+
+def test_overfit_batches_gives_the_same_batches_in_the_same_order(TinyModule: Any, TinyData: Any) -> None:
+    seen: list[list[float]] = []
+
+    class Sees(TinyModule):  # type: ignore[misc, valid-type]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            seen.append(batch[0].flatten().tolist())
+            return super().training_step(batch, batch_idx)
+
+    trainer = Trainer(**BARE, max_epochs=2, overfit_batches=2)
+    trainer.fit(Sees(), datamodule=TinyData(shuffle=True))
+    assert len(seen) == 4
+    assert seen[:2] == seen[2:]
+    assert trainer.num_val_batches == [2]
+
+
+def test_the_sanity_check_leaves_no_trace(TinyModule: Any, TinyData: Any) -> None:
+    seen = []
+
+    class Draws(TinyModule):  # type: ignore[misc, valid-type]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            torch.rand(3)
+            self.log("val_loss", 1.0)
+            seen.append((self.trainer.sanity_checking, batch_idx))
+
+        def on_train_start(self) -> None:
+            draws.append(torch.rand(1).item())
+            assert self.trainer.callback_metrics == {}
+
+    draws: list[float] = []
+    for steps in (0, 2):
+        seed_everything(1, verbose=False)
+        Trainer(**BARE, max_epochs=1, num_sanity_val_steps=steps, limit_val_batches=3).fit(
+            Draws(), datamodule=TinyData()
+        )
+    assert draws[0] == draws[1]
+    assert seen[3:5] == [(True, 0), (True, 1)]
+
+
+# ---------------------------------------------------------------- errors and their tidying up
+def test_teardown_and_on_exception_run_after_an_error(TinyModule: Any, TinyData: Any) -> None:
+    trace = []
+
+    class Fails(TinyModule):  # type: ignore[misc, valid-type]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise RuntimeError("on purpose")
+
+        def teardown(self, stage: str) -> None:
+            trace.append("module")
+
+    class Tidies(Callback):
+        def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
+            trace.append(str(exception))
+
+        def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+            trace.append("callback")
+            raise ValueError("one more")
+
+    class Data(TinyData):  # type: ignore[misc, valid-type]
+        def on_exception(self, exception: BaseException) -> None:
+            trace.append("data hears")
+
+        def teardown(self, stage: str) -> None:
+            trace.append("data")
+
+    with pytest.raises(RuntimeError, match="on purpose") as raised:
+        Trainer(**BARE, max_epochs=1, callbacks=Tidies()).fit(Fails(), datamodule=Data())
+    assert trace[:4] == ["on purpose", "data hears", "data", "callback"]
+    assert any("ValueError: one more" in note for note in raised.value.__notes__)
+
+
+def test_wrong_models_and_data_are_refused(TinyModule: Any, TinyData: Any) -> None:
+    trainer = Trainer(**BARE, max_epochs=1)
+    with pytest.raises(TypeError, match=r"fit needs a trainkit.Module. Received: Linear. Derive it"):
+        trainer.fit(nn.Linear(1, 1), datamodule=TinyData())  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match=r"received loaders \(train\) and a datamodule"):
+        trainer.fit(TinyModule(), TinyData().train_dataloader(), datamodule=TinyData())
+    with pytest.raises(TypeError, match=r"datamodule must be a trainkit.DataModule. Received: int"):
+        trainer.fit(TinyModule(), datamodule=3)  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match="Module has no validation_step, which validate calls"):
+        trainer.validate(Module(), TinyData().val_dataloader())
+
+
+def test_a_callback_with_a_wrong_signature_is_refused_before_anything_runs(TinyModule: Any, TinyData: Any) -> None:
+    class Wrong(Callback):
+        def on_train_batch_end(self, trainer: Trainer, module: Module, batch: Any) -> None: ...  # type: ignore[override]
+
+    with pytest.raises(
+        TypeError, match=r"Wrong.on_train_batch_end takes \(trainer, module, batch\) but is called with"
+    ):
+        Trainer(**BARE, max_epochs=1, callbacks=Wrong()).fit(TinyModule(), datamodule=TinyData())
+
+
+@pytest.mark.parametrize("settings", [{}, {"logger": False}])
+def test_a_run_directory_that_cannot_be_written_is_refused(
+    TinyModule: Any, TinyData: Any, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    class Never(TinyModule):  # type: ignore[misc, valid-type]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise AssertionError("a step was taken")
+
+    with pytest.raises((MisconfigurationException, CheckpointError), match="file"):
+        Trainer(**QUIET, **settings, max_epochs=1, default_root_dir=tmp_path / "file").fit(
+            Never(), datamodule=TinyData()
+        )
+
+
+def test_two_callbacks_with_one_state_key_are_refused(TinyModule: Any, TinyData: Any) -> None:
+    class Counts(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"count": 1}
+
+    with pytest.raises(MisconfigurationException, match="two callbacks keep their state under"):
+        Trainer(**BARE, max_epochs=1, callbacks=[Counts(), Counts()]).fit(TinyModule(), datamodule=TinyData())
+
+
+# ---------------------------------------------------------------- components
+def test_the_default_components() -> None:
+    trainer = Trainer(accelerator="cpu", max_epochs=1)
+    names = [type(callback).__name__ for callback in trainer.callbacks]
+    assert names == ["RichProgressBar", "ModelSummary", "ModelCheckpoint"]
+    assert isinstance(trainer.logger, TensorBoardLogger)
+    assert Trainer(**BARE, max_epochs=1).callbacks == []
+    assert Trainer(**BARE).max_epochs == 1000
+    assert Trainer(**BARE, max_steps=5).max_epochs == -1
+
+
+def test_callbacks_that_save_come_last_and_the_others_as_listed() -> None:
+    class First(Callback): ...
+
+    checkpoint, first, timer = ModelCheckpoint(), First(), Timer("00:01:00:00")
+    trainer = Trainer(**QUIET, logger=False, max_epochs=1, callbacks=[checkpoint, first, timer])
+    assert trainer.callbacks == [first, timer, checkpoint]
+    assert trainer.checkpoint_callback is checkpoint
+
+
+def test_max_time_adds_a_timer() -> None:
+    trainer = Trainer(**BARE, max_time={"minutes": 1})
+    assert [type(callback) for callback in trainer.callbacks] == [Timer]
+    assert trainer.max_epochs == -1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"enable_progress_bar": False, "callbacks": RichProgressBar()}, "enable_progress_bar=False, but"),
+        ({"enable_checkpointing": False, "callbacks": ModelCheckpoint()}, "enable_checkpointing=False, but"),
+        ({"callbacks": [RichProgressBar(), RichProgressBar()]}, "2 progress bars"),
+        ({"callbacks": [ModelCheckpoint]}, "Did you forget the brackets"),
+        ({"callbacks": 3}, "callbacks must be Callback objects. Received: 3"),
+        ({"logger": "tensorboard"}, "logger must be True, False, or Logger objects"),
+        ({"strategy": "ddpp"}, "strategy must be"),
+        ({"precision": "8-true"}, "precision must be one of '32-true'"),
+    ],
+)
+def test_components_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Trainer(accelerator="cpu", **settings)
+
+
+def test_loggers_of_one_root_share_the_run_directory(TinyModule: Any, TinyData: Any, tmp_path: Path) -> None:
+    loggers = [TensorBoardLogger(tmp_path, name="run"), CSVLogger(tmp_path, name="run")]
+    trainer = Trainer(**QUIET, max_epochs=1, log_every_n_steps=2, logger=loggers)
+    trainer.fit(TinyModule(), datamodule=TinyData())
+    run = tmp_path / "run" / "version_0"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["version_0"]
+    assert (run / "metrics.csv").exists()
+    assert len(list(run.glob("events.*"))) == 1
+
+
+def test_configure_callbacks_replaces_those_of_the_same_type(TinyModule: Any, TinyData: Any) -> None:
+    class Brings(TinyModule):  # type: ignore[misc, valid-type]
+        def configure_callbacks(self) -> Any:
+            return EarlyStopping("val_loss", patience=7)
+
+    trainer = Trainer(**BARE, max_epochs=1, callbacks=[EarlyStopping("val_loss", patience=3)])
+    trainer.fit(Brings(), datamodule=TinyData())
+    assert [callback.patience for callback in trainer.callbacks] == [7]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"])
+def test_every_precision_trains(TinyModule: Any, TinyData: Any, precision: str) -> None:
+    trainer = Trainer(**BARE, max_epochs=3, precision=precision)
+    module = TinyModule()
+    trainer.fit(module, datamodule=TinyData())
+    assert trainer.validate(module, datamodule=TinyData(), verbose=False)[0]["val_loss"] < 3
+    assert math.isfinite(float(trainer.callback_metrics["val_loss"]))
+
+
+# ---------------------------------------------------------------- going on from a checkpoint
+def test_last_goes_on_in_the_run_directory(TinyModule: Any, TinyData: Any, tmp_path: Path) -> None:
+    def run(epochs: int, **fit: Any) -> Trainer:
+        trainer = Trainer(**QUIET, max_epochs=epochs, log_every_n_steps=2, logger=CSVLogger(tmp_path, name="run"))
+        trainer.fit(TinyModule(), datamodule=TinyData(), **fit)
+        return trainer
+
+    run(2)
+    trainer = run(3, ckpt_path="last")
+    assert (trainer.current_epoch, trainer.global_step) == (3, 24)
+    assert Path(trainer.log_dir).name == "version_0"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["version_0"]
+    with (Path(trainer.log_dir) / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train_loss"]]
+    assert steps == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23]
+    assert Path(run(3).log_dir).name == "version_1"  # without ckpt_path: a run of its own
+
+
+def test_last_without_a_checkpoint_starts_from_zero_and_says_so(TinyModule: Any, TinyData: Any) -> None:
+    trainer = Trainer(**QUIET, max_epochs=1, log_every_n_steps=2)
+    with pytest.warns(UserWarning, match="there is no checkpoint yet"):
+        trainer.fit(TinyModule(), datamodule=TinyData(), ckpt_path="last")
+    assert trainer.global_step == 8
+
+
+def test_a_missing_checkpoint_is_an_error_that_names_it(TinyModule: Any, TinyData: Any) -> None:
+    trainer = Trainer(**BARE, max_epochs=1)
+    with pytest.raises(CheckpointError, match=r"nowhere\.ckpt"):
+        trainer.fit(TinyModule(), datamodule=TinyData(), ckpt_path="nowhere.ckpt")
+    with pytest.raises(CheckpointError, match="has not saved a best checkpoint"):
+        trainer.fit(TinyModule(), datamodule=TinyData(), ckpt_path="best")
+
+
+def test_evaluation_without_a_module_takes_the_best_one(TinyModule: Any, TinyData: Any) -> None:
+    class Worsens(TinyModule):  # type: ignore[misc, valid-type]
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 2:
+                torch.nn.init.constant_(self.line.weight, 50.0)
+
+    checkpoint = ModelCheckpoint(monitor="val_loss")
+    trainer = Trainer(**QUIET, max_epochs=3, log_every_n_steps=2, callbacks=checkpoint)
+    module = Worsens()
+    trainer.fit(module, datamodule=TinyData())
+    best = trainer.validate(datamodule=TinyData(), verbose=False)[0]["val_loss"]
+    assert best == pytest.approx(float(checkpoint.best_model_score))
+    assert best < 20
+
+
+def test_load_from_checkpoint_makes_the_module_again(TinyModule: Any, TinyData: Any, tmp_path: Path) -> None:
+    trainer = Trainer(**BARE, max_epochs=1)
+    module = TinyModule(lr=0.01)
+    trainer.fit(module, datamodule=TinyData())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    loaded = TinyModule.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert loaded.hparams == {"lr": 0.01}
+    assert torch.equal(loaded.line.weight, module.line.weight)
+    assert TinyModule.load_from_checkpoint(tmp_path / "x.ckpt", lr=0.5).hparams == {"lr": 0.5}
+
+
+# ---------------------------------------------------------------- Ctrl-C and SIGTERM
+SCRIPT = """
+import os, signal, sys, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from trainkit import Trainer, Module, Callback
+class M(Module):
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(3, 1)
+    def training_step(self, batch, batch_idx):
+        return self.line(batch[0]).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+class Kill(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 11 and sys.argv[1] != "no":
+            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+data = DataLoader(TensorDataset(torch.randn(32, 3)), 4, shuffle=True, num_workers=int(sys.argv[2]))
+quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False)
+trainer = Trainer(accelerator="cpu", max_epochs=3, callbacks=Kill(), **quiet)
+trainer.fit(M(), data, ckpt_path="last" if sys.argv[1] == "no" else None)
+print(trainer.global_step, trainer.resume_path)
+"""
+
+
+@pytest.mark.parametrize(("name", "code", "workers"), [("SIGINT", 130, 1), ("SIGTERM", 143, 0)])
+def test_a_signal_finishes_the_step_and_saves(
+    tmp_path: Path, checkout: Path, name: str, code: int, workers: int
+) -> None:
+    (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPT))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "train.py", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONPATH": str(checkout)},
+        )
+
+    stopped = run(name, str(workers))
+    assert stopped.returncode in (code, code - 128 - 2 * (code - 128)), stopped.stderr  # by signal, or by exit code
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 12
+    assert saved["progress"] == {"epoch": 1, "batch": 4, "step": 12, "total_batch": 12}
+    resumed = run("no", str(workers))
+    assert resumed.stdout.startswith("24 "), resumed.stderr
+    assert "last.ckpt" in resumed.stdout

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainkit.callback import Callback
 from trainkit.errors import MisconfigurationException
+from trainkit.hooks import is_overridden
 from trainkit.loggers import Logger
+from trainkit.module import Module
 from trainkit.strategies import Strategy
+
+if TYPE_CHECKING:
+    from trainkit.trainer import Trainer
 
 
 def strategy_of(given: str | Strategy, device: torch.device) -> Strategy:
@@ -101,3 +107,55 @@ def callbacks_of(
 def savers_last(callbacks: Iterable[Callback]) -> list[Callback]:
     """Return the callbacks in order, those that write checkpoints behind all others."""
     return sorted(callbacks, key=lambda callback: callback.saves)
+
+
+def module_of(given: Any, stage: str) -> Module:
+    """Return the module that a run was given, taken out of `torch.compile` if need be."""
+    if isinstance(given, Module):
+        return given
+    inner = getattr(given, "_orig_mod", None)
+    if isinstance(inner, Module):
+        warnings.warn(
+            "the module was wrapped by torch.compile, which compiles forward only; the run uses it as it was. "
+            "Compile what the steps call instead, for example self.net.compile().",
+            stacklevel=6,
+        )
+        return inner
+    hint = " Derive it from trainkit.Module." if isinstance(given, torch.nn.Module) else ""
+    raise TypeError(f"{stage} needs a trainkit.Module. Received: {type(given).__name__}.{hint}")
+
+
+def with_callbacks_of(module: Module, callbacks: list[Callback]) -> list[Callback]:
+    """Return the callbacks with the module's own, which replace those of the same type."""
+    own = module.configure_callbacks()
+    own = list(own) if isinstance(own, Sequence) else [own]
+    kept = [callback for callback in callbacks if type(callback) not in {type(other) for other in own}]
+    return savers_last([*kept, *own])
+
+
+def check_can_train(trainer: Trainer) -> None:
+    """Refuse a module or settings that can't train, before anything is loaded."""
+    module = trainer.module
+    if not is_overridden(module, "training_step"):
+        raise MisconfigurationException(
+            f"{type(module).__name__} has no training_step(self, batch, batch_idx), which fit calls with each "
+            "batch and which returns the loss."
+        )
+    if not is_overridden(module, "configure_optimizers"):
+        module.configure_optimizers()  # the one that is not overridden raises, and says what to write
+    if not module.automatic_optimization:
+        for name, value, off in (
+            ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
+            ("gradient_clip_val", trainer.gradient_clip_val, None),
+        ):
+            if value != off:
+                raise MisconfigurationException(
+                    f"{name}={value} does nothing with automatic_optimization=False: do it in training_step."
+                )
+    frozen = [name for name, part in module.named_modules() if not part.training]
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} modules are in evaluation mode at the start of training, {frozen[0] or 'the module'!r} "
+            "first; call module.train() if that is not meant.",
+            stacklevel=5,
+        )

@@ -13,6 +13,10 @@ from typing import Any
 NOTED = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(SystemExit, KeyboardInterrupt):
+    """Ctrl-C, after the step was finished and saved: a KeyboardInterrupt that ends a script with 130, silently."""
+
+
 class Interruption:
     """Which signal asked this run to end, if any. Nothing is saved inside a handler; the loop looks here."""
 
@@ -51,4 +55,4 @@ class Interruption:
     def leave(self) -> None:
         """Raise what the noted signal means: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
         if self.signal is not None:
-            raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
+            raise Interrupted(130) if self.signal == signal.SIGINT else SystemExit(128 + self.signal)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -240,8 +239,9 @@ class Trainer(Status):
             self.sources.load_evaluation("val")
             self._restore_run()
             if not self.done and self.num_training_batches > 0:
-                self._sanity_check()
-                loop.fit(self)
+                with self.interruption.listening():
+                    self._sanity_check()
+                    loop.fit(self)
 
     def validate(
         self,
@@ -338,33 +338,33 @@ class Trainer(Status):
         """Set a run up in Lightning's order, and tear it down whatever happens."""
         self._attach(stage, model, datamodule, sources)
         if stage == "fit":
-            self._check_can_train()
+            components.check_can_train(self)
         module, hooks = self.module, self.hooks
         data: list[DataModule] = [self.datamodule] if self.datamodule is not None else []
         status = "failed"
         try:
-            with self.interruption.listening() if stage == "fit" else nullcontext():
-                for prepare_data in [*(part.prepare_data for part in data), module.prepare_data]:
-                    prepare_data()
-                self._read_checkpoint(ckpt_path, stage)
+            for prepare_data in [*(part.prepare_data for part in data), module.prepare_data]:
+                prepare_data()
+            self._read_checkpoint(ckpt_path, stage)
+            if stage == "fit":
                 components.claim_directories(self.loggers)
-                for part in data:
-                    part.setup(stage)
-                hooks.setup(stage)
-                if self._checkpoint is not None:
-                    restore.restore_weights(self, self._checkpoint, Path(self.resume_path or ""))
-                self.precision.convert_module(module)
-                self.strategy.setup(module)
-                if stage == "fit":
-                    self._configure_optimizers()
-                    hooks.on_fit_start()
-                    self._log_hyperparameters()
-                self.precision.attach(self.optimizers if stage == "fit" else [], self.device)
-                self.transfer = transfer_of(self.strategy, module, self.datamodule)
-                yield
-                self.strategy.teardown(module)
-                if stage == "fit":
-                    hooks.on_fit_end()
+            for part in data:
+                part.setup(stage)
+            hooks.setup(stage)
+            if self._checkpoint is not None:
+                restore.restore_weights(self, self._checkpoint, Path(self.resume_path or ""))
+            self.precision.convert_module(module)
+            self.strategy.setup(module)
+            if stage == "fit":
+                self._configure_optimizers()
+                hooks.on_fit_start()
+                self._log_hyperparameters()
+            self.precision.attach(self.optimizers if stage == "fit" else [], self.device)
+            self.transfer = transfer_of(self.strategy, module, self.datamodule)
+            yield
+            self.strategy.teardown(module)
+            if stage == "fit":
+                hooks.on_fit_end()
             status = "success"
         except BaseException as error:
             status = "interrupted" if self.interrupted or isinstance(error, KeyboardInterrupt) else "failed"
@@ -379,14 +379,7 @@ class Trainer(Status):
         self, stage: Stage, model: Module | None, datamodule: DataModule | None, sources: dict[str, Any]
     ) -> None:
         """Check what the run is called with, and make its table of hooks."""
-        model = getattr(model, "_orig_mod", model)  # a module compiled with torch.compile
-        if model is None:
-            model = getattr(self, "module", None)
-        if not isinstance(model, Module):
-            raise TypeError(
-                f"{stage} needs a trainkit.Module. Received: {type(model).__name__}."
-                + (" Derive it from trainkit.Module." if isinstance(model, torch.nn.Module) else "")
-            )
+        module = components.module_of(getattr(self, "module", None) if model is None else model, stage)
         first = next(iter(sources))
         if isinstance(sources[first], DataModule):
             if datamodule is not None:
@@ -400,7 +393,7 @@ class Trainer(Status):
                 f"{stage} received loaders ({', '.join(given)}) and a datamodule, which has loaders of its own. "
                 "Give one or the other."
             )
-        self.module: Module = model
+        self.module: Module = module
         self.datamodule = datamodule
         trained = self.sources.loaders.get("train") if stage != "fit" else None
         self.sources = Sources(self, sources)
@@ -408,29 +401,22 @@ class Trainer(Status):
             self.sources.loaders["train"] = trained
         self.stage = stage
         self.should_stop = False
+        self.interruption.signal = None
         self.metrics = Metrics()
         if stage == "fit":
             self.optimizers, self.lr_scheduler_configs = [], []
         self.metrics.hook = "setup"
-        model.attach(self, self.metrics)
+        module.attach(self, self.metrics)
         if datamodule is not None:
             datamodule.trainer = self
-        self._callbacks_of_module()
+        self.callbacks = components.with_callbacks_of(module, self.callbacks)
         keys = [callback.state_key for callback in self.callbacks if callback.state_dict()]
         for key in {key for key in keys if keys.count(key) > 1}:
             raise MisconfigurationException(
                 f"two callbacks keep their state under {key!r}: a checkpoint could hold only one of them. "
                 "Give one of the classes a state_key property of its own."
             )
-        self.hooks = Hooks(self, model, self.callbacks)
-
-    def _callbacks_of_module(self) -> None:
-        """Let the module's own callbacks replace the Trainer's of the same type for this run."""
-        own = self.module.configure_callbacks()
-        own = list(own) if isinstance(own, Sequence) else [own]
-        if own:
-            kept = [callback for callback in self.callbacks if type(callback) not in {type(c) for c in own}]
-            self.callbacks = components.savers_last([*kept, *own])
+        self.hooks = Hooks(self, module, self.callbacks)
 
     def _tear_down(self, stage: Stage, data: list[DataModule], status: str) -> None:
         """Give everything back, errors or not; an error in here does not hide the one that came before."""
@@ -462,33 +448,6 @@ class Trainer(Status):
     def _clip(self, optimizer: Optimizer, limit: float) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.strategy.clip_gradients(parameters, limit, self.gradient_clip_algorithm)
-
-    def _check_can_train(self) -> None:
-        """Refuse a module or settings that can't train, before anything is loaded."""
-        module = self.module
-        if not is_overridden(module, "training_step"):
-            raise MisconfigurationException(
-                f"{type(module).__name__} has no training_step(self, batch, batch_idx), which fit calls with each "
-                "batch and which returns the loss."
-            )
-        if not is_overridden(module, "configure_optimizers"):
-            module.configure_optimizers()  # the one that is not overridden raises, and says what to write
-        if not module.automatic_optimization:
-            for name, value, off in (
-                ("accumulate_grad_batches", self.accumulate_grad_batches, 1),
-                ("gradient_clip_val", self.gradient_clip_val, None),
-            ):
-                if value != off:
-                    raise MisconfigurationException(
-                        f"{name}={value} does nothing with automatic_optimization=False: do it in training_step."
-                    )
-        frozen = [name for name, part in module.named_modules() if not part.training]
-        if frozen:
-            warnings.warn(
-                f"{len(frozen)} modules are in evaluation mode at the start of training, {frozen[0] or 'the module'!r} "
-                "first; call module.train() if that is not meant.",
-                stacklevel=5,
-            )
 
     def _sanity_check(self) -> None:
         """Try a few validation batches, so that a mistake in validation shows before an epoch is spent."""

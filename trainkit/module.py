@@ -82,8 +82,13 @@ class Module(HyperParameters, nn.Module):
         on_step: bool | None = None,
         on_epoch: bool | None = None,
         reduce_fx: str | Callable[..., Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
         add_dataloader_idx: bool = True,
         batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
     ) -> None:
         """Log one value under a name.
 
@@ -95,8 +100,13 @@ class Module(HyperParameters, nn.Module):
             on_step: log this very value (default: in training batches).
             on_epoch: log the epoch's reduction (default: everywhere else).
             reduce_fx: how an epoch's values become one: "mean" (weighted by batch_size), "sum", "min" or "max".
+            enable_graph: kept for Lightning's signature; logged values never keep a graph.
+            sync_dist: reduce over processes; a run has one.
+            sync_dist_group: over which of them.
             add_dataloader_idx: with several loaders, append `/dataloader_idx_N` to the name.
             batch_size: the weight in the mean (default: the first dimension of the batch's first tensor).
+            metric_attribute: kept for Lightning's signature; a metric object is found by itself.
+            rank_zero_only: log on the first process only; a run has one.
 
         Raises:
             MisconfigurationException: called where nothing can be logged, or with other options than before.

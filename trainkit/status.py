@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from trainkit.callback import Callback
@@ -102,7 +104,7 @@ class Status:
     @property
     def training(self) -> bool:
         """Whether the run is in fit and not validating."""
-        return self.stage == "fit" and not self._inside_evaluation
+        return self.stage == "fit" and not self._inside_evaluation and not self.sanity_checking
 
     @property
     def validating(self) -> bool:
@@ -122,8 +124,8 @@ class Status:
 
     @property
     def evaluating(self) -> bool:
-        """Whether the run is validating or testing."""
-        return self.validating or self.testing
+        """Whether the run is validating or testing, a sanity check included."""
+        return self.validating or self.testing or self.sanity_checking
 
     @property
     def interrupted(self) -> bool:
@@ -137,9 +139,9 @@ class Status:
         return self.metrics.callback_metrics
 
     @property
-    def logged_metrics(self) -> dict[str, float]:
-        """What the loggers got, newest values."""
-        return dict(self.metrics.logged)
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """What the loggers got, newest values, as 0-dimensional tensors."""
+        return {name: torch.tensor(value) for name, value in self.metrics.logged.items()}
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
@@ -258,6 +260,12 @@ class Status:
         from trainkit.callbacks import ProgressBar
 
         return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
+
+    @property
+    def seed(self) -> int | None:
+        """What `seed_everything` was called with in this process, None when it was not."""
+        given = os.environ.get("PL_GLOBAL_SEED", "")
+        return int(given) if given.isdigit() else None
 
     # ---- processes
     @property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -10,9 +12,9 @@ from trainkit.duration import parse_duration
 from trainkit.errors import MisconfigurationException
 
 
-def count(name: str, value: Any, *, least: int, what: str = "a whole number") -> Any:
-    """Return a whole number of at least `least`, or None."""
-    if value is None:
+def count(name: str, value: Any, *, least: int, required: bool = False, what: str = "a whole number") -> Any:
+    """Return a whole number of at least `least`; or None, unless it is required."""
+    if value is None and not required:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be {what}. Received: {value!r}.")
@@ -20,6 +22,21 @@ def count(name: str, value: Any, *, least: int, what: str = "a whole number") ->
         meaning = " (-1: no limit)" if least == -1 else ""
         raise MisconfigurationException(f"{name} must be at least {least}{meaning}. Received: {value!r}.")
     return value
+
+
+def trial(value: Any) -> int:
+    """Return fast_dev_run as a number of batches: 1 for True, 0 for False."""
+    number = int(value) if isinstance(value, bool) else value
+    batches: int = count("fast_dev_run", number, least=0, required=True, what="True, False or a number of batches")
+    return batches
+
+
+def folder(name: str, value: Any) -> str:
+    """Return a folder's absolute path, the current one for None."""
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path. Received: {value!r}.")
+    path: str = os.path.abspath(os.path.expanduser(os.fspath(value or ".")))
+    return path
 
 
 def flag(name: str, value: Any, *also: Any) -> Any:
@@ -65,12 +82,12 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
 
 def validation_interval(value: Any, every_n_epoch: int | None) -> float | timedelta:
     """Return val_check_interval: a fraction of the epoch, a number of batches, or a time."""
-    if isinstance(value, (str, timedelta, dict)):
-        return parse_duration(value)
+    if isinstance(value, (str, timedelta, Mapping)):
+        return parse_duration(value, "val_check_interval")
     interval = limit("val_check_interval", value)
-    if isinstance(interval, int) and not isinstance(interval, bool) and interval == 0:
+    if interval == 0:
         raise MisconfigurationException(
-            "val_check_interval=0 batches is never; limit_val_batches=0 turns validation off."
+            f"val_check_interval={value!r} is never; limit_val_batches=0 turns validation off."
         )
     if isinstance(interval, float) and every_n_epoch is None:
         raise MisconfigurationException(

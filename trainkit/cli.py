@@ -64,27 +64,28 @@ usage: trainkit {command} --config FILE [--config FILE2 ...] [--KEY VALUE ...]
 options:
   -c, --config FILE     a YAML file; several are merged in order, options win over files
   --ckpt_path PATH      the checkpoint to {start}; last is the newest one of the newest run
-  --seed_everything N   the seed (default 0, or $PL_GLOBAL_SEED); false leaves the random state alone
+  --seed_everything N   the seed (default 0, or $PL_GLOBAL_SEED); false seeds nothing
 {own}  --print_config        print the config that would run and exit;
                         --print_config=skip_default or =skip_null prints less
   -h, --help            this page
 
 keys, in a file or as options:
-  trainer         how to train        --trainer.max_epochs 3  --trainer.precision bf16-mixed
-  model           what to train       --model package.module.Class  --model.lr 1e-3
-  data            with which data     --data package.module.Class  --data.batch_size 64
-  optimizer       for models without  --optimizer AdamW  --optimizer.lr 1e-3
-  lr_scheduler    configure_optimizers  --lr_scheduler CosineAnnealingLR  --lr_scheduler.T_max 10
-                                      --lr_scheduler.interval step  --lr_scheduler.monitor val/loss
+  trainer        --trainer.max_epochs 3  --trainer.precision bf16-mixed
+  model          --model package.module.Class  --model.lr 1e-3
+  data           --data package.module.Class  --data.batch_size 64
+  optimizer      --optimizer AdamW  --optimizer.lr 1e-3
+                 for a model without configure_optimizers
+  lr_scheduler   --lr_scheduler CosineAnnealingLR  --lr_scheduler.T_max 10
+                 --lr_scheduler.interval step  --lr_scheduler.monitor val/loss
 
   A class is given by its path or, when trainkit or torch has it, by its short name:
-  --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/loss   adds a callback
-  --trainer.logger CSVLogger --trainer.logger.save_dir runs                 chooses the logger
+  --trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor=val/loss  adds a callback
+  --trainer.logger CSVLogger --trainer.logger.save_dir runs                chooses the logger
 
 more help:
-  trainkit {command} --trainer.help                    every argument of the Trainer
-  trainkit {command} --trainer.callbacks.help          the callbacks there are
-  trainkit {command} --trainer.callbacks.help Timer    the arguments of one
+  trainkit {command} --trainer.help                   every argument of the Trainer
+  trainkit {command} --trainer.callbacks.help         the callbacks there are
+  trainkit {command} --trainer.callbacks.help Timer   the arguments of one
   trainkit {command} --model.help package.module.Class
 """
 

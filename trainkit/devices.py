@@ -68,7 +68,6 @@ def _indices(kind: str, devices: int | str | list[int]) -> list[int]:
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if devices == "auto":
         return [0]
-    wanted: list[int]
     if isinstance(devices, str):
         try:
             parts = [int(part) for part in devices.split(",") if part.strip()]
@@ -76,26 +75,33 @@ def _indices(kind: str, devices: int | str | list[int]) -> list[int]:
             parts = []
         if not parts:
             raise ValueError(f"devices must be 'auto', a number or a list of indices. Received: {devices!r}.")
-        wanted = parts if "," in devices else _counted(parts[0], devices, count)
-    elif isinstance(devices, (list, tuple)):
-        wanted = list(devices)
-        if not wanted:
-            raise ValueError("devices=[] names no device; give devices='auto' or devices=1.")
-    elif isinstance(devices, int) and not isinstance(devices, bool):
-        wanted = _counted(devices, devices, count)
-    else:
-        raise TypeError(f"devices must be 'auto', a number or a list of indices. Received: {devices!r}.")
-    if kind == "cpu" and isinstance(devices, (list, tuple)):
-        raise ValueError(f"devices={devices!r}: a list names accelerators, the cpu has no indices. Give devices=1.")
-    missing = [index for index in wanted if isinstance(index, bool) or not 0 <= index < count]
-    if missing and kind != "cpu":
-        raise ValueError(f"devices={devices!r} is not there: this machine has {available()}.")
-    return wanted
+        return _existing(kind, parts, devices, count) if "," in devices else _counted(kind, parts[0], devices, count)
+    if isinstance(devices, (list, tuple)):
+        if not devices:
+            raise ValueError(f"devices={devices!r} names no device; give devices='auto' or devices=1.")
+        if kind == "cpu":
+            raise ValueError(f"devices={devices!r}: a list names accelerators, the cpu has no indices. Give devices=1.")
+        return _existing(kind, list(devices), devices, count)
+    if isinstance(devices, int) and not isinstance(devices, bool):
+        return _counted(kind, devices, devices, count)
+    raise TypeError(f"devices must be 'auto', a number or a list of indices. Received: {devices!r}.")
 
 
-def _counted(number: int, given: object, count: int) -> list[int]:
-    if number == -1:
-        return list(range(count))
-    if number < 1:
+def _existing(kind: str, indices: list[int], given: object, count: int) -> list[int]:
+    """Return the indices if there are such devices."""
+    wrong = [index for index in indices if isinstance(index, bool) or not isinstance(index, int)]
+    if wrong:
+        raise TypeError(f"devices must be a list of whole numbers. Received: {given!r}.")
+    if kind != "cpu" and not all(0 <= index < count for index in indices):
+        raise ValueError(f"devices={given!r} is not there: this machine has {available()}.")
+    return indices
+
+
+def _counted(kind: str, number: int, given: object, count: int) -> list[int]:
+    """Return the first so many indices if there are so many devices."""
+    if number < 1 and number != -1:
         raise ValueError(f"devices must be at least 1, or -1 for all. Received: {given!r}.")
-    return list(range(number))
+    if number > count:
+        there = "the cpu counts as one device" if kind == "cpu" else f"this machine has {available()}"
+        raise ValueError(f"devices={given!r} is more than there are: {there}.")
+    return list(range(count if number == -1 else number))

@@ -65,11 +65,22 @@ def _first(method: Call, count: int, *arguments: Any) -> Any:
 
 
 def _each(calls: tuple[Call, ...]) -> Call:
-    def call_each(*arguments: Any) -> Any:
-        answer = None
+    def call_each(*arguments: Any) -> None:
         for call in calls:
-            answer = call(*arguments)
-        return answer
+            call(*arguments)
+
+    return call_each
+
+
+def _each_may_skip(calls: tuple[Call, ...]) -> Call:
+    """Call all, and return -1 when any of them did."""
+
+    def call_each(*arguments: Any) -> int | None:
+        skip = None
+        for call in calls:
+            if call(*arguments) == -1:
+                skip = -1
+        return skip
 
     return call_each
 
@@ -122,7 +133,8 @@ class Hooks:
         self.answers[name] = [type(owner).__name__ for owner in owners]
         if not calls:
             return _nothing
-        call = calls[0] if len(calls) == 1 else _each(tuple(calls))
+        together = _each_may_skip if name == "on_train_batch_start" else _each
+        call = calls[0] if len(calls) == 1 else together(tuple(calls))
         return call if name in STEP_HOOKS else announced(trainer, name, call)
 
     def evaluation(self, stage: str) -> Evaluation:

@@ -47,16 +47,22 @@ class HyperParameters:
         Args:
             args: names of arguments to keep (all of them when none is given), or one dict, Namespace or dataclass
                 to keep instead.
-            ignore: names of arguments not to keep.
+            ignore: names of arguments not to keep, those that a base class kept included.
             frame: the frame of `__init__`, when this is called from somewhere else.
             logger: whether loggers get them.
+
+        Raises:
+            ValueError: `__init__` has no argument of that name.
+            TypeError: neither names nor one dict, Namespace or dataclass.
         """
-        if len(args) == 1 and not isinstance(args[0], str):
-            values = _mapping(args[0])
+        store = self.__dict__
+        current = inspect.currentframe()
+        given = _init_arguments(self, frame if frame is not None else current and current.f_back)
+        if any(not isinstance(name, str) for name in args):
+            values = _mapping(args)
+            # the argument that load_from_checkpoint has to give them to
+            store["_hparams_name"] = next((name for name, value in given.items() if value is args[0]), "kwargs")
         else:
-            current = inspect.currentframe()
-            caller = frame if frame is not None else (current.f_back if current else None)
-            given = _init_arguments(self, caller)
             unknown = [name for name in args if name not in given]
             if unknown:
                 raise ValueError(
@@ -65,17 +71,17 @@ class HyperParameters:
                 )
             values = {name: given[name] for name in args} if args else given
         ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
-        kept = AttributeDict({name: value for name, value in values.items() if name not in ignored})
+        kept = {**store.get("_hparams", {}), **values}
+        kept = {name: value for name, value in kept.items() if name not in ignored}
         for name, value in kept.items():
-            if isinstance(value, torch.nn.Module):
+            if name in values and isinstance(value, torch.nn.Module):
                 warnings.warn(
                     f"hyperparameter {name!r} is an nn.Module, whose weights are in the checkpoint already; "
                     f"leave it out with save_hyperparameters(ignore=[{name!r}]).",
                     stacklevel=2,
                 )
-        store = self.__dict__
-        store["_hparams"] = AttributeDict({**store.get("_hparams", {}), **kept})
-        store["_hparams_initial"] = copy.deepcopy({k: v for k, v in store["_hparams"].items() if not _heavy(v)})
+        store["_hparams"] = AttributeDict(kept)
+        store["_hparams_initial"] = {name: _copied(value) for name, value in kept.items() if not _heavy(value)}
         store["_log_hparams"] = logger
 
     @property
@@ -90,14 +96,25 @@ class HyperParameters:
     @property
     def hparams_initial(self) -> AttributeDict:
         """The hyperparameters as they were saved."""
-        return AttributeDict(copy.deepcopy(self.__dict__.get("_hparams_initial", {})))
+        initial = self.__dict__.get("_hparams_initial", {})
+        return AttributeDict({name: _copied(value) for name, value in initial.items()})
 
 
 def _heavy(value: Any) -> bool:
     return isinstance(value, (torch.nn.Module, torch.Tensor))
 
 
-def _mapping(given: Any) -> dict[str, Any]:
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # a lock, a file, a tensor of a graph: whatever a class may refuse to copy
+        return value
+
+
+def _mapping(args: tuple[Any, ...]) -> dict[str, Any]:
+    given = args[0]
+    if len(args) > 1:
+        raise TypeError(f"save_hyperparameters takes names of arguments, or one object. Received: {args!r}.")
     if isinstance(given, Namespace):
         return dict(vars(given))
     if isinstance(given, Mapping):
@@ -111,21 +128,26 @@ def _mapping(given: Any) -> dict[str, Any]:
 
 
 def _init_arguments(owner: object, frame: FrameType | None) -> dict[str, Any]:
-    """Return the arguments of the `__init__` in a frame and of the subclasses' `__init__`s that called it."""
+    """Return what an object is being made with: the arguments of its class's `__init__` and its base classes'."""
+    if dataclasses.is_dataclass(owner):
+        return {field.name: getattr(owner, field.name) for field in dataclasses.fields(owner)}
+    while frame is not None and not _is_init_of(owner, frame):
+        frame = frame.f_back
     collected: dict[str, Any] = {}
-    while frame is not None and frame.f_code.co_name == "__init__":
-        code = frame.f_code
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        if not names or frame.f_locals.get(names[0]) is not owner:
-            break
-        values = {name: frame.f_locals[name] for name in names[1:] if name in frame.f_locals}
+    while frame is not None and _is_init_of(owner, frame):  # a base class's first, then those that called it
+        code, values = frame.f_code, frame.f_locals
+        names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
         if code.co_flags & inspect.CO_VARKEYWORDS:
             index = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
-            extra = frame.f_locals.get(code.co_varnames[index], {})
-            values.update({key: value for key, value in extra.items() if key not in values})
-        collected = {**collected, **values}
+            collected.update(values.get(code.co_varnames[index], {}))
+        collected.update({name: values[name] for name in names if name in values})
         frame = frame.f_back
     return collected
+
+
+def _is_init_of(owner: object, frame: FrameType) -> bool:
+    code = frame.f_code
+    return code.co_name == "__init__" and code.co_argcount > 0 and frame.f_locals.get(code.co_varnames[0]) is owner
 
 
 def plain_hparams(hparams: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +184,7 @@ def merged_hparams(owners: Iterable[HyperParameters]) -> dict[str, Any]:
         if not owner.__dict__.get("_log_hparams", False):
             continue
         values = owner.hparams_initial
-        clash = next((name for name in values if name in merged and merged[name] != values[name]), None)
+        clash = next((name for name in values if name in merged and _differ(merged[name], values[name])), None)
         if clash is not None:
             raise MisconfigurationException(
                 f"the module and the data module have different values of the hyperparameter {clash!r}: "
@@ -171,3 +193,10 @@ def merged_hparams(owners: Iterable[HyperParameters]) -> dict[str, Any]:
             )
         merged.update(values)
     return merged
+
+
+def _differ(one: Any, other: Any) -> bool:
+    try:
+        return bool(one != other)
+    except (TypeError, ValueError, RuntimeError):  # arrays and their like have no single answer
+        return False

@@ -18,6 +18,7 @@ from trainkit.tree import first_tensor_path, follow
 REDUCTIONS = ("mean", "sum", "min", "max")
 # log's defaults (on_step, on_epoch): inside a training batch, and everywhere else
 TRAIN_BATCH = "training_step"
+RUN_START = "on_train_start"
 NO_LOGGING = {
     "setup": "the run has not begun",
     "teardown": "the run is over",
@@ -47,6 +48,8 @@ class Metric:
         "fresh", "given", "hook", "last", "logger", "name", "on_epoch", "on_step", "prog_bar", "reduce", "suffix",
         "total", "weight",
     )  # fmt: skip
+    RUNNING = ("last", "total", "weight", "fresh")
+    """The attributes that change from call to call; the others are options."""
 
     def __init__(
         self,
@@ -60,13 +63,8 @@ class Metric:
         reduce: str,
     ) -> None:
         self.name, self.hook, self.suffix = name, hook, suffix
-        self.prog_bar, self.logger, self.on_step, self.on_epoch, self.reduce = (
-            prog_bar,
-            logger,
-            on_step,
-            on_epoch,
-            reduce,
-        )
+        self.prog_bar, self.logger, self.on_step, self.on_epoch = prog_bar, logger, on_step, on_epoch
+        self.reduce = reduce
         self.given: tuple[Any, ...] | None = None  # the options as the user gave them, to compare later calls with
         self.reset()
 
@@ -74,59 +72,68 @@ class Metric:
         """Forget the values, keep the options."""
         self.last: Any = None
         self.total: Any = None
-        self.weight: float = 0.0
+        self.weight: Any = 0.0
         self.fresh = False
 
-    def update(self, value: Any, weight: float) -> None:
+    def update(self, value: Any, weight: Any) -> None:
         """Take one value in; a tensor's is read later."""
         if isinstance(value, Tensor):
             value = value.detach()
-            if self.last is None or not isinstance(self.last, Tensor):
-                self.last = value.to(_kept_dtype(value), copy=True).reshape(())
+            if value.ndim:
+                value = value.reshape(())
+            last = self.last
+            if isinstance(last, Tensor) and last.device == value.device:
+                last.copy_(value)
             else:
-                self.last.copy_(value.reshape(()) if value.ndim else value)
+                self.last = _buffer(value, _kept_dtype(value), value.device)
         else:
             self.last = value
         self.fresh = True
         if self.on_epoch:
             self._accumulate(value, weight)
 
-    def _accumulate(self, value: Any, weight: float) -> None:
+    def _accumulate(self, value: Any, weight: Any) -> None:
         reduce = self.reduce
-        if isinstance(value, Tensor):
-            if value.ndim:
-                value = value.reshape(())
-            if not isinstance(self.total, Tensor):
-                start = self.total
-                wide = torch.float32 if value.device.type == "mps" else torch.float64
-                self.total = torch.full(
-                    (), _neutral(reduce) if start is None else start, dtype=wide, device=value.device
-                )
-            if reduce == "mean":
-                self.total.add_(value, alpha=weight)
+        if self.total is None:
+            self.total = _neutral(reduce)
+        if isinstance(value, Tensor) or isinstance(self.total, Tensor):
+            total, value = self._together(value)
+            if reduce == "mean" and isinstance(weight, Tensor):
+                total.add_(value.to(total.dtype) * weight)  # as alpha, a tensor would be read here
+            elif reduce == "mean":
+                total.add_(value, alpha=weight)
             elif reduce == "sum":
-                self.total.add_(value)
+                total.add_(value)
             elif reduce == "min":
-                torch.minimum(self.total, value.to(self.total.dtype), out=self.total)
+                torch.minimum(total, value.to(total.dtype), out=total)
             else:
-                torch.maximum(self.total, value.to(self.total.dtype), out=self.total)
-        else:
-            total = _neutral(reduce) if self.total is None else self.total
-            if reduce in ("mean", "sum"):
-                self.total = total + value * (weight if reduce == "mean" else 1)
-            elif isinstance(total, Tensor):
-                self.total = total.clamp(max=value) if reduce == "min" else total.clamp(min=value)
-            else:
-                self.total = min(total, value) if reduce == "min" else max(total, value)
-        self.weight += weight
+                torch.maximum(total, value.to(total.dtype), out=total)
+        elif reduce in ("mean", "sum"):
+            self.total = self.total + value * (weight if reduce == "mean" else 1)
+        elif (value < self.total if reduce == "min" else value > self.total) or math.isnan(value):
+            self.total = value  # and a NaN stays, as it does in torch
+        self.weight = self.weight + weight
+
+    def _together(self, value: Any) -> tuple[Tensor, Tensor]:
+        """Return the total and the value as tensors that can be added: an accelerator takes numbers from the host."""
+        if not isinstance(value, Tensor):
+            value = torch.tensor(float(value), dtype=torch.float64)
+        total = self.total
+        if not isinstance(total, Tensor) or (total.device != value.device and value.device.type != "cpu"):
+            wide = torch.float32 if value.device.type == "mps" else torch.float64
+            total = self.total = _buffer(total, wide, value.device)
+        return total, value
 
     def epoch_value(self) -> Any:
         """Return the epoch's reduction so far, a tensor or a number; None when nothing was logged."""
-        if self.total is None:
+        value = self.total
+        if value is None:
             return None
-        value = self.total / self.weight if self.reduce == "mean" else self.total
-        if isinstance(value, Tensor) and isinstance(self.last, Tensor):
-            value = value.to(self.last.dtype) if self.total is not value else value.to(self.last.dtype, copy=True)
+        if self.reduce == "mean":
+            no_weight = not isinstance(self.weight, Tensor) and self.weight == 0
+            value = math.nan if no_weight else value / self.weight
+        if isinstance(value, Tensor):
+            value = value.to(self.last.dtype if isinstance(self.last, Tensor) else torch.float32, copy=True)
         return value
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,11 +154,6 @@ class Table:
     def logs_steps(self) -> bool:
         """Whether any value goes to the loggers step by step."""
         return any(metric.on_step and metric.logger for metric in self.metrics.values())
-
-    def reset(self) -> None:
-        """Forget the values of all metrics, keep their options."""
-        for metric in self.metrics.values():
-            metric.reset()
 
     def values(self, kind: str, keep: Callable[[Metric], bool]) -> Iterator[tuple[str, Any]]:
         """Yield the names and values of one kind, "step" or "epoch"."""
@@ -178,9 +180,7 @@ class Metrics:
         self.published: dict[str, Any] = {}  # values that stay until they are replaced: ends of epochs and evaluations
         self.published_bar: dict[str, Any] = {}
         self.logged: dict[str, float] = {}
-        self._sized_batch: Any = None
-        self._size = 1
-        self._size_path: tuple[Any, ...] | None = None
+        self._size_path: tuple[Any, ...] = ()
 
     # ------------------------------------------------------------------ writing
     def log(
@@ -233,14 +233,21 @@ class Metrics:
             )
         if isinstance(value, Tensor) and value.numel() != 1:
             raise _not_a_scalar(name, value)
-        in_train_batch = hook == TRAIN_BATCH
-        in_batch = in_train_batch or hook.endswith("_step") or "_batch_" in hook
+        if isinstance(value, Tensor) and value.is_complex():
+            raise ValueError(
+                f"self.log({name!r}, ...) takes a real number. Received: {value.dtype}. Log .abs() or .real."
+            )
+        in_train_batch, in_batch = hook == TRAIN_BATCH, _is_in_batch(hook)
         on_step = in_train_batch if on_step is None else on_step
         on_epoch = (not in_train_batch) if on_epoch is None else on_epoch
         if on_step and not in_batch:
             raise MisconfigurationException(
                 f"self.log({name!r}, ..., on_step=True) can't be used in {hook}: there is no step there. "
                 "Leave on_step out."
+            )
+        if not on_step and not on_epoch:
+            raise MisconfigurationException(
+                f"self.log({name!r}, ..., on_step=False, on_epoch=False) logs nothing. Set one of them to True."
             )
         if callable(reduce_fx) and getattr(reduce_fx, "__name__", "") in (*REDUCTIONS, "amin", "amax"):
             reduce = reduce_fx.__name__.removeprefix("a")
@@ -251,13 +258,13 @@ class Metrics:
                 f"self.log({name!r}, ..., reduce_fx={reduce_fx!r}): only {', '.join(REDUCTIONS)} are possible. "
                 "Reduce the values yourself in an epoch_end hook and log the result."
             )
-        suffix = f"/dataloader_idx_{table.dataloader_idx}" if table.num_dataloaders > 1 and add_dataloader_idx else ""
-        clash = [
-            other
-            for (_, other_name, index), other in table.metrics.items()
-            if other_name == name and index != table.dataloader_idx and not suffix and other.suffix == suffix
-        ]
-        if clash:
+        suffixed = table.num_dataloaders > 1 and add_dataloader_idx and in_batch
+        suffix = f"/dataloader_idx_{table.dataloader_idx}" if suffixed else ""
+        if not suffix and any(
+            other.suffix == suffix and index != table.dataloader_idx
+            for (other_hook, other_name, index), other in table.metrics.items()
+            if other_name == name and other_hook == hook
+        ):
             raise MisconfigurationException(
                 f"self.log({name!r}, ..., add_dataloader_idx=False) is called for two loaders: the names must differ."
             )
@@ -272,16 +279,14 @@ class Metrics:
         batch = self.batch
         if batch is None:
             return 1
-        if batch is not self._sized_batch:
-            try:
-                if self._size_path is None:
-                    self._size_path = first_tensor_path(batch) or ("none",)
-                self._size = follow(batch, self._size_path).shape[0] if self._size_path != ("none",) else 1
-            except (KeyError, IndexError, TypeError, AttributeError):
-                path = self._size_path = first_tensor_path(batch) or ("none",)
-                self._size = follow(batch, path).shape[0] if path != ("none",) else 1
-            self._sized_batch = batch
-        return self._size
+        try:
+            size: int = follow(batch, self._size_path).shape[0]
+        except (KeyError, IndexError, TypeError, AttributeError):  # the first batch, or one of another structure
+            path = first_tensor_path(batch)
+            if path is None:
+                return 1
+            self._size_path, size = path, follow(batch, path).shape[0]
+        return size
 
     def publish(self, values: dict[str, Any]) -> None:
         """Put values among the callback metrics, where they stay until they are replaced."""
@@ -299,8 +304,10 @@ class Metrics:
         self.table, self.hook, self.batch = self.train, hook, None
 
     def start_epoch(self) -> None:
-        """Forget the last epoch's running values."""
-        self.train.reset()
+        """Forget the last epoch's running values; what on_train_start logged belongs to the first epoch of a run."""
+        for metric in self.train.metrics.values():
+            if metric.hook != RUN_START or self.epoch_ended:
+                metric.reset()
         self.epoch_ended = False
 
     def forget(self) -> None:
@@ -338,11 +345,10 @@ class Metrics:
     def evaluation_results(self) -> list[dict[str, float]]:
         """Return a dict for each loader, as `trainer.validate` and `trainer.test` give them."""
         results: list[dict[str, Any]] = [{} for _ in range(self.table.num_dataloaders)]
-        for (_, _, index), metric in self.table.metrics.items():
-            value = metric.epoch_value() if metric.on_epoch else None
-            if value is not None:
-                forked = metric.on_step and metric.on_epoch
-                results[index][f"{metric.name}_epoch{metric.suffix}" if forked else metric.name + metric.suffix] = value
+        for (hook, _, index), metric in self.table.metrics.items():
+            values = dict(_watched(metric, steps=False, epoch=True))
+            for result in [results[index]] if _is_in_batch(hook) else results:
+                result.update(values)
         return [numbers(result) for result in results]
 
     def _finish(self, table: Table) -> dict[str, float]:
@@ -371,25 +377,18 @@ class Metrics:
     def _callback_values(table: Table, final: bool) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for metric in table.metrics.values():
-            forked = metric.on_step and metric.on_epoch
-            step_seen = metric.on_step and metric.last is not None and table.stage == "train"
-            if step_seen:
-                values[metric.name + ("_step" if forked else "") + metric.suffix] = metric.last
-                if forked:
-                    values[metric.name + metric.suffix] = metric.last
-            if metric.on_epoch and (final or metric.hook != TRAIN_BATCH):
-                value = metric.epoch_value()
-                if value is not None:
-                    values[metric.name + ("_epoch" if forked else "") + metric.suffix] = value
-                    if forked:
-                        values[metric.name + metric.suffix] = value
+            values.update(_watched(metric, steps=table.stage == "train", epoch=final or metric.hook != TRAIN_BATCH))
         return values
 
     # ------------------------------------------------------------------ resume
     def state_dict(self) -> dict[str, Any]:
         """Return the running values of the epoch in progress and the published ones."""
         return {
-            "train": [metric.state_dict() for metric in self.train.metrics.values() if metric.last is not None],
+            "train": [
+                metric.state_dict()
+                for metric in self.train.metrics.values()
+                if metric.last is not None and metric.hook != RUN_START  # logged again when the run is resumed
+            ],
             "published": dict(self.published),
             "published_bar": dict(self.published_bar),
             "epoch_ended": self.epoch_ended,
@@ -401,10 +400,9 @@ class Metrics:
         self.published_bar = dict(state["published_bar"])
         self.epoch_ended = bool(state["epoch_ended"])
         for saved in state["train"]:
-            values = {name: saved.pop(name) for name in ("last", "total", "weight", "fresh")}
-            metric = Metric(**saved)
-            for name, value in values.items():
-                setattr(metric, name, value)
+            metric = Metric(**{name: value for name, value in saved.items() if name not in Metric.RUNNING})
+            for name in Metric.RUNNING:
+                setattr(metric, name, saved[name])
             self.train.metrics[metric.hook, metric.name, 0] = metric
 
 
@@ -418,7 +416,25 @@ def numbers(values: dict[str, Any]) -> dict[str, float]:
     for device, names in by_device.items():
         wide = torch.float32 if device.type == "mps" else torch.float64
         read.update(zip(names, torch.stack([values[name].to(wide) for name in names]).tolist(), strict=True))
-    return {name: read.get(name, value) for name, value in values.items()}
+    return {name: read[name] if name in read else float(value) for name, value in values.items()}
+
+
+def _is_in_batch(hook: str) -> bool:
+    return hook.endswith("_step") or "_batch_" in hook
+
+
+def _watched(metric: Metric, steps: bool, epoch: bool) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values that callbacks may watch: a forked name's parts, and the newest of them bare."""
+    newest: list[tuple[str, Any]] = []
+    if steps and metric.on_step:
+        newest.append(("_step", metric.last))
+    if epoch and metric.on_epoch:
+        newest.append(("_epoch", metric.epoch_value()))
+    for part, value in newest:
+        if value is not None:
+            yield metric.name + metric.suffix, value
+            if metric.on_step and metric.on_epoch:
+                yield metric.name + part + metric.suffix, value
 
 
 def _bar_values(table: Table) -> dict[str, Any]:
@@ -433,6 +449,13 @@ def _kept_dtype(value: Tensor) -> torch.dtype:
     return value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
 
 
+def _buffer(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a copy that may be changed in place for as long as the run lasts, wherever log is called."""
+    with torch.inference_mode(False):  # else a value logged under inference_mode could not be updated outside
+        buffer = torch.empty((), dtype=dtype, device=device)
+        return buffer.copy_(value) if isinstance(value, Tensor) else buffer.fill_(value)
+
+
 def _neutral(reduce: str) -> float:
     return {"mean": 0.0, "sum": 0.0, "min": math.inf, "max": -math.inf}[reduce]
 
@@ -440,8 +463,8 @@ def _neutral(reduce: str) -> float:
 def _number(name: str, value: Any) -> Any:
     """Return a numpy scalar and its like as a number."""
     item = getattr(value, "item", None)
-    if item is not None and getattr(value, "size", 1) == 1:
-        return item()
+    if item is not None and getattr(value, "size", 1) == 1 and isinstance(number := item(), (int, float)):
+        return number
     raise ValueError(
         f"self.log({name!r}, ...) takes a number or a tensor of one element. Received: {type(value).__name__}."
         + (" Use self.log_dict for several values." if isinstance(value, dict) else "")

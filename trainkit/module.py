@@ -42,9 +42,8 @@ class Module(HyperParameters, nn.Module):
     strict_loading: bool = True
     """Whether a checkpoint must have exactly this module's parameters and buffers."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization: bool = True
+    automatic_optimization: bool = True
+    """Whether the loop runs backward and steps the optimizers; False: `training_step` does."""
 
     # ---------------------------------------------------------------- the steps
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,8 +150,10 @@ class Module(HyperParameters, nn.Module):
         self.__dict__["_trainer"] = trainer
 
     def attach(self, trainer: Trainer, metrics: Metrics) -> None:
-        """Get to know the run: its trainer and where `log` files its values."""
-        self.__dict__["_trainer"], self.__dict__["_metrics"] = trainer, metrics
+        """Get to know the run: its trainer and where `log` files its values; modules inside this one do too."""
+        for part in self.modules():
+            if isinstance(part, Module):
+                part.__dict__["_trainer"], part.__dict__["_metrics"] = trainer, metrics
 
     @property
     def current_epoch(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -57,7 +58,6 @@ def configure(module: Module) -> tuple[list[Optimizer], list[LRSchedulerConfig]]
         return [], []
     optimizers: list[Any]
     schedulers: list[Any] = []
-    monitor: str | None = None
     if isinstance(returned, Optimizer):
         optimizers = [returned]
     elif isinstance(returned, Mapping):
@@ -71,10 +71,12 @@ def configure(module: Module) -> tuple[list[Optimizer], list[LRSchedulerConfig]]
         optimizers, schedulers = _from_dicts(returned)
     else:
         optimizers = list(returned)
+    if not optimizers:
+        raise MisconfigurationException(f"{FORMS}. Received no optimizer: {returned!r}.")
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise MisconfigurationException(f"{FORMS}. Received among the optimizers: {optimizer!r}.")
-    configs = [scheduler_config(scheduler, monitor) for scheduler in schedulers]
+    configs = [scheduler_config(scheduler) for scheduler in schedulers]
     for config in configs:
         owner = getattr(config.scheduler, "optimizer", None)
         if owner is not None and all(owner is not optimizer for optimizer in optimizers):
@@ -106,7 +108,7 @@ def _from_dicts(dicts: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any
     return optimizers, schedulers
 
 
-def scheduler_config(given: Any, monitor: str | None = None) -> LRSchedulerConfig:
+def scheduler_config(given: Any) -> LRSchedulerConfig:
     """Return the settings of one schedule, given as itself, as a dict or as a finished config."""
     if isinstance(given, LRSchedulerConfig):
         return given
@@ -121,7 +123,8 @@ def scheduler_config(given: Any, monitor: str | None = None) -> LRSchedulerConfi
         )
     scheduler = settings["scheduler"]
     plateau = isinstance(scheduler, ReduceLROnPlateau)
-    settings.setdefault("monitor", getattr(scheduler, "monitor", monitor))
+    if settings.get("monitor") is None:
+        settings["monitor"] = getattr(scheduler, "monitor", None)
     config = LRSchedulerConfig(**{key: value for key, value in settings.items() if key in known})
     config.reduce_on_plateau = config.reduce_on_plateau or plateau
     if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
@@ -136,9 +139,9 @@ def scheduler_config(given: Any, monitor: str | None = None) -> LRSchedulerConfi
         )
     if isinstance(config.frequency, bool) or not isinstance(config.frequency, int) or config.frequency < 1:
         raise MisconfigurationException(f"an lr scheduler's frequency is at least 1. Received: {config.frequency!r}.")
-    if plateau and config.monitor is None:
+    if config.reduce_on_plateau and config.monitor is None:
         raise MisconfigurationException(
-            "ReduceLROnPlateau needs the name of the metric it watches: return "
+            f"{type(scheduler).__name__} needs the name of the metric it watches: return "
             '{"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}.'
         )
     if interval_looks_wrong(config):
@@ -158,6 +161,8 @@ class Schedules:
 
     def __init__(self, configs: Sequence[LRSchedulerConfig], trainer: Trainer) -> None:
         self.trainer = trainer
+        if not trainer.module.automatic_optimization:
+            configs = ()  # training_step moves them
         self.by_step = tuple(c for c in configs if c.interval == "step" and not c.reduce_on_plateau)
         self.by_epoch = tuple(c for c in configs if c.interval == "epoch" and not c.reduce_on_plateau)
         self.plateau_by_step = tuple(c for c in configs if c.interval == "step" and c.reduce_on_plateau)
@@ -166,24 +171,25 @@ class Schedules:
     def move(self, configs: Iterable[LRSchedulerConfig], count: int) -> None:
         """Move those schedules whose turn it is after `count` updates or epochs."""
         for config in configs:
-            if count % config.frequency == 0:
-                metric = self._metric(config) if config.reduce_on_plateau or config.monitor is not None else None
-                if config.reduce_on_plateau and metric is None:
-                    continue
-                self.trainer.module.lr_scheduler_step(config.scheduler, metric if config.reduce_on_plateau else None)
+            if count % config.frequency:
+                continue
+            metric = self._metric(config) if config.reduce_on_plateau else None
+            if metric is not None or not config.reduce_on_plateau:
+                self.trainer.module.lr_scheduler_step(config.scheduler, metric)
 
-    def _metric(self, config: LRSchedulerConfig) -> Any:
+    def _metric(self, config: LRSchedulerConfig) -> Tensor | None:
+        """Return the newest value of what a schedule watches."""
         metrics = self.trainer.callback_metrics
         if config.monitor in metrics:
             return metrics[config.monitor]
-        if config.reduce_on_plateau:
-            message = (
-                f"{type(config.scheduler).__name__} watches {config.monitor!r}, which was not logged; "
-                f"there is: {', '.join(sorted(metrics)) or 'nothing'}."
-            )
-            if config.strict:
-                raise MisconfigurationException(message)
-            warnings.warn(message, stacklevel=2)
+        message = (
+            f"{type(config.scheduler).__name__} watches {config.monitor!r}, which was not logged so far; there is: "
+            f"{', '.join(sorted(metrics)) or 'nothing'}. If it is logged later or more rarely, give the schedule a "
+            "larger frequency, or strict=False to pass over it until then."
+        )
+        if config.strict:
+            raise MisconfigurationException(message)
+        warnings.warn(message, stacklevel=2)
         return None
 
 
@@ -195,20 +201,37 @@ class ManualOptimizer:
         self._trainer = trainer
 
     def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
-        """Update the weights. One batch counts as one step of the run, however many optimizers stepped."""
-        trainer = self._trainer
-        if closure is not None:
-            return self.optimizer.step(closure)
-        trainer.precision.unscale(self.optimizer)
-        trainer.hooks.on_before_optimizer_step(self.optimizer)
-        trainer.precision.step(self.optimizer)
-        trainer.precision.update()
+        """Update the weights. One batch counts as one step of the run, however many optimizers stepped.
+
+        Args:
+            closure: computes the loss and its gradients, for optimizers that do so more than once a step.
+        """
+        trainer, optimizer = self._trainer, self.optimizer
+        precision, about_to_step = trainer.precision, trainer.hooks.on_before_optimizer_step
+        answer: Any = None
+        if closure is None:
+            precision.unscale(optimizer)
+            about_to_step(optimizer)
+            precision.step(optimizer)
+        else:
+
+            def evaluate() -> Any:
+                nonlocal answer
+                loss = closure()
+                answer = loss if answer is None else answer  # what the optimizer would return: the first one
+                about_to_step(optimizer)
+                return loss
+
+            precision.step(optimizer, evaluate)
+        precision.update()
         trainer.stepped_manually = True
-        return None
+        return answer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # a copy that is being made has none yet
+            raise AttributeError(name)
         return getattr(self.optimizer, name)

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from trainkit.tree import map_tensors
 
@@ -73,6 +75,7 @@ class MixedPrecision(Precision):
         self.name = "bf16-mixed" if dtype is torch.bfloat16 else "16-mixed"
         self._device_type = "cpu"
         self._stepped = False
+        self._watched: list[RemovableHandle] = []
 
     def wrap(self, step: Step) -> Step:
         wrapped: Step = torch.autocast(self._device_type, self.dtype)(step)
@@ -84,9 +87,10 @@ class MixedPrecision(Precision):
             return
         if self.scaler is None:
             self.scaler = torch.amp.GradScaler(device.type)
-        for optimizer in optimizers:
-            # the scaler leaves the optimizer alone when a gradient overflowed, and does not say so
-            optimizer.register_step_post_hook(self._note_step)
+        while self._watched:
+            self._watched.pop().remove()
+        # the scaler leaves the optimizer alone when a gradient overflowed, and does not say so
+        self._watched = [optimizer.register_step_post_hook(self._note_step) for optimizer in optimizers]
 
     def _note_step(self, *_: Any) -> None:
         self._stepped = True
@@ -130,16 +134,21 @@ class TruePrecision(Precision):
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.name = {torch.bfloat16: "bf16-true", torch.float16: "16-true", torch.float64: "64-true"}[dtype]
+        self.name, self._cast = {
+            torch.bfloat16: ("bf16-true", nn.Module.bfloat16),
+            torch.float16: ("16-true", nn.Module.half),
+            torch.float64: ("64-true", nn.Module.double),
+        }[dtype]
 
     def convert_module(self, module: nn.Module) -> None:
-        module.to(self.dtype)
+        self._cast(module)  # module.to(dtype) would drop the imaginary part of complex parameters
 
     def wrap(self, step: Step) -> Step:
         dtype = self.dtype
 
         def convert(value: Any) -> Any:
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            tensor = value.data if isinstance(value, PackedSequence) else value
+            return value.to(dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() else value
 
         @functools.wraps(step)
         def run(batch: Any, *args: Any) -> Any:

@@ -27,9 +27,12 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     """
     if seed is None:
         given = os.environ.get("PL_GLOBAL_SEED", "0")
-        if not given.strip().isdigit():
-            raise ValueError(f"the environment variable PL_GLOBAL_SEED must be a whole number. Received: {given!r}.")
-        seed = int(given)
+        try:
+            seed = int(given)
+        except ValueError:
+            raise ValueError(
+                f"the environment variable PL_GLOBAL_SEED must be a whole number. Received: {given!r}."
+            ) from None
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed must be a whole number from 0 to {MAX_SEED}. Received: {seed!r}.")
     os.environ["PL_GLOBAL_SEED"] = str(seed)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,8 +50,9 @@ class Interruption:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.signal = number
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        sys.stderr.write(f"\n{name}: finishing this step and saving; once more stops at once\n")
-        sys.stderr.flush()
+        # straight to the terminal: Python's streams may be in the middle of a write, which a handler can't enter again
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{name}: finishing this step and saving; once more stops at once\n".encode())
 
     def leave(self) -> None:
         """Raise what the noted signal means: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""

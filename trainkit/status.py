@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trainkit.callback import Callback
+    from trainkit.callbacks import ProgressBar
     from trainkit.data.sources import Clock, Sources
     from trainkit.loggers import Logger
     from trainkit.metrics import Metrics
@@ -255,7 +256,7 @@ class Status:
         return [callback for callback in self.callbacks if isinstance(callback, EarlyStopping)]
 
     @property
-    def progress_bar_callback(self) -> Callback | None:
+    def progress_bar_callback(self) -> ProgressBar | None:
         """The progress bar, or None."""
         from trainkit.callbacks import ProgressBar
 

@@ -132,7 +132,7 @@ class Trainer(Status):
         self.max_steps: int = check.count("max_steps", max_steps, least=-1)
         self.min_epochs: int | None = check.count("min_epochs", min_epochs, least=0)
         self.min_steps: int | None = check.count("min_steps", min_steps, least=0)
-        self.max_time = parse_duration(max_time) if max_time is not None else None
+        self.max_time = parse_duration(max_time, argument="max_time") if max_time is not None else None
         self.limit_train_batches = check.limit("limit_train_batches", limit_train_batches)
         self.limit_val_batches = check.limit("limit_val_batches", limit_val_batches)
         self.limit_test_batches = check.limit("limit_test_batches", limit_test_batches)
@@ -582,6 +582,6 @@ class Trainer(Status):
         """Print, above the progress bar if there is one."""
         bar = self.progress_bar_callback
         if bar is not None and not kwargs:
-            bar.print(*args)  # type: ignore[attr-defined]
+            bar.print(*args)
         else:
             print(*args, **kwargs)

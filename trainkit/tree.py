@@ -2,47 +2,55 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
     """Return the tree with the function applied to every tensor, and to every other object that has a `.to`.
 
-    Containers are rebuilt; anything else (numbers, strings, None) is passed on as it is.
+    Containers are copied, with their type and whatever else they carry; anything else (numbers, strings, None) is
+    passed on as it is.
     """
     if isinstance(tree, Tensor):
         return function(tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, (type, Mapping)):
+        copied = copy.copy(tree)  # not dataclasses.replace, which would run __init__ and __post_init__ again
+        for field in dataclasses.fields(tree):
+            if hasattr(tree, field.name):
+                object.__setattr__(copied, field.name, map_tensors(function, getattr(tree, field.name)))
+        return copied
+    if hasattr(tree, "to") and not isinstance(tree, (type, torch.nn.Module)):
+        return function(tree)  # PackedSequence, transformers' BatchEncoding and their like move themselves
     if isinstance(tree, tuple):
         values = [map_tensors(function, value) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     if isinstance(tree, list):
-        return [map_tensors(function, value) for value in tree]
+        items = copy.copy(tree)
+        items[:] = [map_tensors(function, value) for value in tree]
+        return items
     if isinstance(tree, Mapping):
         mapped = {key: map_tensors(function, value) for key, value in tree.items()}
-        if type(tree) is dict:
+        if not isinstance(tree, MutableMapping):
             return mapped
-        if hasattr(tree, "to"):  # transformers' BatchEncoding and its like move themselves
-            return function(tree)
-        try:
-            return type(tree)(mapped)  # type: ignore[call-arg]
-        except TypeError:
-            return mapped
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        fields = {f.name: map_tensors(function, getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.init}
-        return dataclasses.replace(tree, **fields)
-    if hasattr(tree, "to") and not isinstance(tree, (type, torch.nn.Module)):
-        return function(tree)
+        mapping = copy.copy(tree)
+        for key, value in mapped.items():
+            mapping[key] = value
+        return mapping
     return tree
 
 
 def tensors(tree: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor with where it is, written as the expression that reaches it."""
-    if isinstance(tree, Tensor):
+    if isinstance(tree, PackedSequence):  # its batch_sizes are on the host wherever its data are
+        yield f"{path}.data", tree.data
+    elif isinstance(tree, Tensor):
         yield path, tree
     elif isinstance(tree, Mapping):
         for key, value in tree.items():

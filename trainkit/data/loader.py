@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from trainkit.data.order import EpochOrder
 from trainkit.errors import MisconfigurationException
@@ -38,11 +38,14 @@ class Loader:
     """
 
     def __init__(self, source: Any, *, limit: float = 1.0, name: str, argument: str, sequential: bool = False) -> None:
-        if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
-            raise TypeError(f"{name} must be an iterable of batches. Received: {type(source).__name__}.")
+        samples = isinstance(source, Dataset) and not isinstance(source, Iterable)
+        if samples or isinstance(source, str) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
+            hint = " Wrap the data set: DataLoader(dataset, batch_size=...)." if samples else ""
+            raise TypeError(f"{name} must be an iterable of batches. Received: {type(source).__name__}.{hint}")
         self.source = source
         self.name = name
         self.order: EpochOrder | None = None
+        self._uses_order = False  # an __iter__ of a subclass may bring an order of its own: seen when it is called
         self.batch_size = 1
         self.iterable: Any = source
         if isinstance(source, DataLoader):
@@ -53,7 +56,7 @@ class Loader:
 
     def _adapt(self, loader: DataLoader[Any], sequential: bool) -> DataLoader[Any]:
         """Return the DataLoader with an order that can be repositioned; the user's object is left as it is."""
-        if hasattr(loader, "load_state_dict"):  # it repositions itself
+        if hasattr(loader, "load_state_dict"):  # torchdata's StatefulDataLoader has an order of its own
             return loader
         adapted = copy.copy(loader)
         attributes = vars(adapted)  # DataLoader refuses assignment to most of these after its construction
@@ -61,13 +64,23 @@ class Loader:
         if loader.num_workers > 0:
             attributes["worker_init_fn"] = IgnoreInterrupts(loader.worker_init_fn)
         batches = loader.batch_sampler
-        sampler = batches.sampler if type(batches) is BatchSampler else loader.sampler
-        shuffled = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
-        known = shuffled or type(sampler) is SequentialSampler or (sequential and hasattr(loader.dataset, "__len__"))
-        if not known or type(batches) not in (BatchSampler, type(None)):
+        sampler: Any = batches.sampler if type(batches) is BatchSampler else loader.sampler
+        shuffled = (
+            type(sampler) is RandomSampler
+            and not sampler.replacement
+            and sampler.num_samples == length_of(sampler.data_source)
+        )
+        if shuffled or type(sampler) is SequentialSampler:
+            data = sampler.data_source
+        elif sequential and not isinstance(loader.dataset, IterableDataset) and length_of(loader.dataset) < math.inf:
+            data = loader.dataset
+        else:
+            return adapted
+        if type(batches) not in (BatchSampler, type(None)):
             return adapted
         seed = draw_seed(sampler.generator if isinstance(sampler, RandomSampler) else None)
-        self.order = EpochOrder(len(loader.dataset), shuffled and not sequential, seed)  # type: ignore[arg-type]
+        self.order = EpochOrder(data, shuffled and not sequential, seed)
+        self._uses_order = type(loader).__iter__ is DataLoader.__iter__
         attributes["sampler"] = self.order
         attributes["generator"] = torch.Generator()  # seeded for each epoch; the run's own random state is left alone
         if isinstance(batches, BatchSampler):
@@ -91,9 +104,10 @@ class Loader:
         batch = next(batches, batches)
         if batch is batches:
             if start == 0:
+                claim = f" although its length is {self.claimed}" if self.claimed != math.inf else ""
+                once = " A generator can be read once only; give something that can be iterated over again."
                 raise MisconfigurationException(
-                    f"{self.name} yielded no batch"
-                    + (f" although its length is {self.claimed}." if self.claimed else ".")
+                    f"{self.name} yielded no batch{claim}.{once if isinstance(self.source, Iterator) else ''}"
                 )
             return
         while index + 1 < limit:  # at the limit there is nothing to look ahead for
@@ -102,7 +116,7 @@ class Loader:
                 break
             yield index, batch, False
             batch, index = following, index + 1
-        if index + 1 < limit and limit != math.inf and not self._warned:
+        if index + 1 < limit and self.claimed != math.inf and not self._warned:
             self._warned = True
             warnings.warn(
                 f"{self.name} yielded {index + 1} batches although its length is {self.claimed}; the epoch ends there.",
@@ -112,17 +126,25 @@ class Loader:
 
     def _open(self, epoch: int, start: int) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of an epoch."""
+        batches: Iterator[Any]
         order = self.order
         if order is not None:
             order.epoch, order.start = epoch, start * self.batch_size
             self.iterable.generator.manual_seed(order.epoch_seed())
-            repositioned: Iterator[Any] = iter(self.iterable)
-            return repositioned
+            batches = iter(self.iterable)
+            if self._uses_order:
+                return batches
+            first = list(itertools.islice(batches, 1))
+            self._uses_order = order.used
+            if not order.used:
+                self.order = None
+            if order.used or start == 0:
+                return itertools.chain(first, batches)
         batch_sampler = getattr(self.iterable, "batch_sampler", None)
         for part in (getattr(self.iterable, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(epoch)
-        batches: Iterator[Any] = iter(self.iterable)
+        batches = iter(self.iterable)
         if start:
             warnings.warn(
                 f"{self.name} can't be repositioned, so its first {start} batches are read and thrown away. They are "
@@ -169,7 +191,7 @@ def length_of(source: Any) -> int | float:
 
 def limited(length: int | float, limit: float, name: str, argument: str) -> int | float:
     """Return how many batches to take: a fraction (float) or a number (int) of them."""
-    if length == 0:
+    if length == 0 and limit != 0:
         raise MisconfigurationException(
             f"{name} is empty: its length is 0. Give it data, or batches small enough for drop_last; "
             f"{argument}=0 leaves it out."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 
 import torch
 from torch.utils.data import Sampler
@@ -13,24 +13,27 @@ class EpochOrder(Sampler[int]):
     """The order of one data set's samples, epoch by epoch, from any position on.
 
     Args:
-        size: how many samples there are.
+        data: the samples; only their number is looked at, each time an epoch begins.
         shuffle: draw a new order for each epoch; False keeps the data set's own.
         seed: what the orders are drawn from.
     """
 
-    def __init__(self, size: int, shuffle: bool, seed: int) -> None:
-        self.size, self.shuffle, self.seed = size, shuffle, seed
+    def __init__(self, data: Sized, shuffle: bool, seed: int) -> None:
+        self.data, self.shuffle, self.seed = data, shuffle, seed
         self.epoch = 0
         self.start = 0
+        self.used = False
+        """Whether anybody has iterated over it."""
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.data)
 
     def __iter__(self) -> Iterator[int]:
+        self.used = True
         if not self.shuffle:
-            return iter(range(self.start, self.size))
+            return iter(range(self.start, len(self)))
         generator = torch.Generator().manual_seed(self.epoch_seed())
-        return iter(torch.randperm(self.size, generator=generator)[self.start :].tolist())
+        return iter(torch.randperm(len(self), generator=generator)[self.start :].tolist())
 
     def epoch_seed(self) -> int:
         """Return the 63-bit seed of the epoch."""

@@ -116,9 +116,10 @@ class Sources:
                 "or the module."
             )
         argument = "overfit_batches" if overfit else f"limit_{kind}_batches"
+        names = [name] if len(sources) == 1 else [f"{name} {index}" for index in range(len(sources))]
         self.loaders[kind] = [
-            Loader(each, limit=limit, name=name if len(sources) == 1 else f"{name} {index}", argument=argument)
-            for index, each in enumerate(sources)
+            Loader(each, limit=limit, name=each_name, argument=argument, sequential=bool(overfit))
+            for each, each_name in zip(sources, names, strict=True)
         ]
 
     def _object(self, kind: str) -> Any:

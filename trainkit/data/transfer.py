@@ -49,13 +49,15 @@ def transfer_of(strategy: Strategy, module: Module, datamodule: DataModule | Non
 
 
 def check_device(batch: Any, device: torch.device) -> None:
-    """Refuse a batch that is not where the module is.
+    """Refuse a batch that is not where the module is; some of its tensors may stay on the host, lengths for example.
 
     Raises:
         MisconfigurationException: it names the first tensor that is elsewhere.
     """
-    for where, tensor in tensors(batch):
-        if tensor.device.type != device.type:
+    found = list(tensors(batch))
+    arrived = any(tensor.device.type == device.type for _, tensor in found)
+    for where, tensor in found:
+        if tensor.device.type != device.type and not (arrived and tensor.device.type == "cpu"):
             raise MisconfigurationException(
                 f"{where} is on {tensor.device}, the module on {device}. Let the data set give tensors on the cpu, "
                 "trainkit brings them over; or fix transfer_batch_to_device / on_after_batch_transfer."

@@ -1,0 +1,161 @@
+"""What callbacks that watch a metric share: which of two values is better, whether there is a new one, and why not."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from trainkit.errors import MisconfigurationException, nearest
+
+if TYPE_CHECKING:
+    from trainkit import Trainer
+    from trainkit.metrics import Metric, Table
+
+Event = Literal["batch", "validation", "epoch"]
+
+
+class Watch:
+    """One metric of a run, and whether the value there is news.
+
+    A metric of the validation is new once after each validation that logged it, one of training with on_step=True at
+    any time, one with on_epoch=True at the end of the epoch. Anything else in `trainer.callback_metrics` is left from
+    earlier, and says nothing about the weights of now.
+
+    Args:
+        owner: the callback's name, for messages.
+        monitor: the metric's name.
+        mode: "min" when smaller is better, "max" when larger is.
+
+    Raises:
+        MisconfigurationException: the mode is neither, or the name is not one.
+    """
+
+    def __init__(self, owner: str, monitor: str, mode: str) -> None:
+        if not isinstance(monitor, str) or not monitor:
+            raise MisconfigurationException(f"{owner}(monitor=...) must be a metric's name. Received: {monitor!r}.")
+        check_mode(owner, mode)
+        self.owner, self.monitor, self.mode = owner, monitor, mode
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a run: nothing has been validated yet."""
+        self.validated = False
+        self.fresh = False  # a validation has logged it since it was read; a part of the owner's state
+        self._last_validation: Table | None = None
+
+    def after_validation(self, trainer: Trainer) -> None:
+        """Take note of what a validation logged; to be called in `on_validation_end`."""
+        self.validated = True
+        self._last_validation = trainer.metrics.table
+        self.fresh = self.fresh or self.monitor in names(self._last_validation, "epoch")
+
+    def is_new(self, trainer: Trainer, event: Event) -> bool:
+        """Whether the metric has a value that was not there before."""
+        training = trainer.metrics.train
+        return (
+            (self.fresh and event != "batch")
+            or self.monitor in names(training, "step")
+            or (event == "epoch" and self.monitor in names(training, "epoch"))
+        )
+
+    def read(self, trainer: Trainer) -> Tensor:
+        """Return the value, on the host; from here it is not new any more."""
+        self.fresh = False
+        return trainer.callback_metrics[self.monitor].detach().cpu()
+
+    def may_come(self, trainer: Trainer) -> bool:
+        """Whether the metric can still appear by itself: there is a value, or validation has not run yet."""
+        waiting = trainer.enable_validation and not self.validated
+        return waiting or self.monitor in trainer.callback_metrics
+
+    def missing(self, trainer: Trainer, event: Event) -> str:
+        """Say why there is no value, and what there is."""
+        known = list(trainer.callback_metrics)
+        what = f"the metrics there are: {', '.join(sorted(known))}" if known else "no metric was logged at all"
+        hint = nearest(self.monitor, known)
+        hint = f"; {hint}" if hint.startswith("did you mean") else ""
+        when = {"batch": "after this batch", "validation": "after validation", "epoch": "at the end of the epoch"}
+        return (
+            f"{self.owner}(monitor={self.monitor!r}): there is no such metric {when[event]}. "
+            f"{self._reason(trainer, event)} ({what}{hint}.)"
+        )
+
+    def _reason(self, trainer: Trainer, event: Event) -> str:
+        tables = [table for table in (self._last_validation, trainer.metrics.train) if table is not None]
+        for metric in (metric for table in tables for metric in table.metrics.values()):
+            in_training = metric in trainer.metrics.train.metrics.values()
+            if self.monitor not in (metric.name, f"{metric.name}_step", f"{metric.name}_epoch"):
+                continue
+            where = f"{metric.hook} logs {metric.name!r}"
+            if metric.suffix and not self.monitor.endswith(metric.suffix):
+                return (
+                    f"{where} for several loaders, so it is called {metric.name + metric.suffix!r}: monitor one of "
+                    "these, or log it with add_dataloader_idx=False."
+                )
+            if not in_training and not metric.on_epoch:
+                return (
+                    f"{where} with on_epoch=False, and of a validation only the mean over its batches can be watched: "
+                    "leave on_epoch out."
+                )
+            if self.monitor != metric.name and self.monitor not in _forked(metric):
+                return f"{where}, but not with on_step=True and on_epoch=True: monitor {metric.name!r}."
+            if not in_training:
+                return f"{where}, and of a validation there is only the mean over its batches: monitor {metric.name!r}."
+            if metric.on_epoch and event != "epoch":
+                return (
+                    f"{where} for the epoch, so its value is there at the end of the training epoch, and not when "
+                    f"{self.owner} looks: log it with on_step=True, or look at the epoch's end."
+                )
+            return f"{where}, but it did not in this epoch: log it every time."
+        return (
+            "Nothing logs it: call self.log with this name, from the first validation or epoch on if it is logged "
+            "under a condition."
+        )
+
+    def better(self, value: float, than: float) -> bool:
+        """Whether a value is better than another one. NaN is never better, and worse than anything finite."""
+        if math.isnan(value) or math.isnan(than):
+            return math.isnan(than) and not math.isnan(value)
+        return value < than if self.mode == "min" else value > than
+
+
+def check_mode(owner: str, mode: str) -> None:
+    """Refuse a mode that is neither "min" nor "max"."""
+    if mode not in ("min", "max"):
+        raise MisconfigurationException(
+            f'{owner}(mode=...) must be "min" (smaller is better) or "max" (larger is better). Received: {mode!r}.'
+        )
+
+
+def names(table: Table, kind: Literal["step", "epoch"]) -> set[str]:
+    """Return what the values of a table are called that a step, or the end of an epoch, gives."""
+    found: set[str] = set()
+    for metric in table.metrics.values():
+        if metric.last is not None and (metric.on_step if kind == "step" else metric.on_epoch):
+            found.add(metric.name + metric.suffix)
+            if metric.on_step and metric.on_epoch:
+                found.add(f"{metric.name}_{kind}{metric.suffix}")
+    return found
+
+
+def looks_at_epoch_end(trainer: Trainer, wanted: bool | None) -> bool:
+    """Whether to look at the end of the training epoch, rather than after each validation.
+
+    Where nothing is wanted in particular: when there is one validation in each epoch, at its end, or none at all.
+    """
+    if wanted is not None:
+        return wanted
+    interval = trainer.val_check_interval
+    once_an_epoch = isinstance(interval, float) and interval == 1.0 and trainer.check_val_every_n_epoch == 1
+    return once_an_epoch or not trainer.enable_validation
+
+
+def epoch_is_whole(trainer: Trainer) -> bool:
+    """Whether the epoch that ends now had all its batches; a step limit or a stop can end it early."""
+    return not trainer.stopping or trainer.progress.batch >= trainer.num_training_batches
+
+
+def _forked(metric: Metric) -> set[str]:
+    return {f"{metric.name}_step", f"{metric.name}_epoch"} if metric.on_step and metric.on_epoch else set()

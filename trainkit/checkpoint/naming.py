@@ -1,0 +1,79 @@
+"""File names from templates: "{epoch}-{val_loss:.2f}" becomes "epoch=2-val_loss=0.31"."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from trainkit.errors import MisconfigurationException
+
+COUNTERS = ("epoch", "step")
+"""The names in a template that are whole numbers."""
+
+
+def fill(template: str, metrics: Mapping[str, Any], insert_names: bool = True, equals: str = "=") -> str:
+    """Return a template with the metrics' values in it; one that is missing is 0.
+
+    A name is looked up as it stands and never evaluated, as `str.format` would do.
+
+    Args:
+        template: text with names in braces, each with a format behind a colon if need be.
+        metrics: names and numbers.
+        insert_names: put a metric's name before its value, with "_" for each "/", which would make a directory.
+        equals: what stands between the two.
+
+    Raises:
+        MisconfigurationException: the template can't be used, see `check_template`.
+    """
+    name = ""
+    for text, key, spec in _parts(template):
+        name += text
+        if key is not None:
+            value = metrics.get(key, 0)
+            number = int(value) if key in COUNTERS else float(value)
+            name += (key.replace("/", "_") + equals if insert_names else "") + format(number, spec)
+    return name
+
+
+def names_in(template: str) -> set[str]:
+    """Return the metrics a template asks for."""
+    return {key for _, key, _ in _parts(template) if key is not None}
+
+
+def check_template(template: Any) -> None:
+    """Refuse a template that would not become a plain file name.
+
+    Raises:
+        MisconfigurationException: it is not a string, has a directory in it, braces that do not match, something else
+            than names in them, or a format that numbers do not have.
+    """
+    if not isinstance(template, str):
+        raise _refusal(template, "it must be a string")
+    for text, key, spec in _parts(template):
+        if "/" in text or "\0" in text:
+            raise _refusal(template, "it is the name of a file, without directories; those go into dirpath")
+        try:
+            format(0 if key in COUNTERS else 0.5, spec)
+        except ValueError as error:
+            raise _refusal(template, f"{key!r} can't be written with the format {spec!r}: {error}") from None
+
+
+def _parts(template: str) -> list[tuple[str, str | None, str]]:
+    """Return pieces of text, each with the name and the format that follow it, or None and ""."""
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise _refusal(template, str(error)) from None
+    parts: list[tuple[str, str | None, str]] = []
+    for text, key, spec, conversion in pieces:
+        if key is not None and (not key or key.isdigit() or conversion or "{" in (spec or "")):
+            raise _refusal(template, "only the name of a metric and a format can stand in the braces")
+        parts.append((text, key, spec or ""))
+    return parts
+
+
+def _refusal(template: Any, why: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"the file name {template!r} can't be used: {why}. Write it like '{{epoch}}-{{val_loss:.2f}}'."
+    )

@@ -1,0 +1,138 @@
+"""When to save and what to keep: two kinds of pure functions over plain values, to be put together at will.
+
+    when = any_of(every_n_steps(1000), every_seconds(600))
+    keep = any_of_these(keep_best(3, "min"), keep_last(1))
+
+`when` answers whether something is saved at a moment; `keep` answers which of the saved ones stay. Neither reads a
+clock, a metric or a directory, so what a run will do can be worked out, and tested, without one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+Event = Literal["batch", "validation", "epoch"]
+
+
+class Moment(NamedTuple):
+    """A moment at which a run could save."""
+
+    event: Event
+    """What has just ended: a training batch, a validation, or an epoch with its validation."""
+    epoch: int
+    """The running epoch, from 0."""
+    step: int
+    """Updates done."""
+    seconds: float
+    """Since something was saved for the time, or since training began."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint that is kept, or asks to be."""
+
+    path: str
+    score: float | None = None
+    """Its metric, None when none is watched."""
+
+
+class Plan(NamedTuple):
+    """What a new checkpoint leads to."""
+
+    kept: tuple[Saved, ...]
+    """What there will be, in the order in which it was saved."""
+    write: bool
+    """Whether the new one is among them."""
+    remove: tuple[Saved, ...]
+    """What goes, once the new one is written."""
+
+
+When = Callable[[Moment], bool]
+Keep = Callable[[Sequence[Saved]], Sequence[Saved]]
+
+
+# ---------------------------------------------------------------------- when to save
+def never(moment: Moment) -> bool:
+    """Never save."""
+    return False
+
+
+def after(event: Event) -> When:
+    """Save at the end of each batch, validation or epoch; put a rhythm beside it with `all_of`."""
+    return lambda moment: moment.event == event
+
+
+def every_n_steps(n: int) -> When:
+    """Save after every n-th update; 0 is never."""
+    return lambda moment: n > 0 and moment.event == "batch" and moment.step > 0 and moment.step % n == 0
+
+
+def every_n_epochs(n: int) -> When:
+    """Save in every n-th epoch; 0 is never."""
+    return lambda moment: n > 0 and (moment.epoch + 1) % n == 0
+
+
+def every_seconds(seconds: float) -> When:
+    """Save after the first batch that ends that long after the last save."""
+    return lambda moment: moment.event == "batch" and moment.seconds >= seconds
+
+
+def any_of(*policies: When) -> When:
+    """Save when one of the policies says so."""
+    return lambda moment: any(policy(moment) for policy in policies)
+
+
+def all_of(*policies: When) -> When:
+    """Save when all policies say so."""
+    return lambda moment: all(policy(moment) for policy in policies)
+
+
+# ---------------------------------------------------------------------- what to keep
+def keep_all(saved: Sequence[Saved]) -> Sequence[Saved]:
+    """Keep everything."""
+    return saved
+
+
+def keep_last(k: int) -> Keep:
+    """Keep the k newest."""
+    return lambda saved: saved[max(0, len(saved) - k) :]
+
+
+def keep_best(k: int, mode: str) -> Keep:
+    """Keep the k best scores; of equal ones the earliest, and anything before a score that is not finite."""
+
+    def best(saved: Sequence[Saved]) -> Sequence[Saved]:
+        ranked = sorted(range(len(saved)), key=lambda index: (rank(saved[index].score, mode), index))
+        return [saved[index] for index in sorted(ranked[:k])]
+
+    return best
+
+
+def keep_any(*policies: Keep) -> Keep:
+    """Keep what one of the policies keeps."""
+
+    def kept(saved: Sequence[Saved]) -> Sequence[Saved]:
+        wanted = {one.path for policy in policies for one in policy(saved)}
+        return [one for one in saved if one.path in wanted]
+
+    return kept
+
+
+def rank(score: float | None, mode: str) -> float:
+    """Order scores from the best, the smallest rank, to NaN and infinity, the worst whichever way is better."""
+    if score is None or not math.isfinite(score):
+        return math.inf
+    return score if mode == "min" else -score
+
+
+def plan(saved: Sequence[Saved], new: Saved, keep: Keep) -> Plan:
+    """Work out what a new checkpoint leads to. Whatever the policy says, one that is there already stays until
+    another one is.
+    """
+    wanted = {one.path for one in keep([*saved, new])}
+    write = new.path in wanted
+    if not wanted:
+        wanted = {saved[-1].path} if saved else set()
+    kept = [one for one in saved if one.path in wanted] + ([new] if write else [])
+    return Plan(tuple(kept), write, tuple(one for one in saved if one.path not in wanted))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from trainkit.callback import Callback as Callback
 from trainkit.callbacks.checkpoint import Checkpoint as Checkpoint
 from trainkit.callbacks.checkpoint import ModelCheckpoint as ModelCheckpoint
+from trainkit.callbacks.console import RichProgressBarTheme as RichProgressBarTheme
 from trainkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from trainkit.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
-from trainkit.callbacks.console import RichProgressBarTheme as RichProgressBarTheme
 from trainkit.callbacks.progress import ProgressBar as ProgressBar
 from trainkit.callbacks.progress import RichProgressBar as RichProgressBar
 from trainkit.callbacks.summary import ModelSummary as ModelSummary

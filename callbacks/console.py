@@ -155,7 +155,7 @@ class Terminal:
         self._gap = True  # whether a blank line belongs before what comes next
         ascii_only = self._console.options.ascii_only
         self._full, self._half, self._empty = ("=", ">", "-") if ascii_only else ("\u2501", "\u2578", "\u2500")
-        self._star, self._dot = ("*", ",") if ascii_only else ("\u2605", " \u00b7")
+        self._star = "*" if ascii_only else "\u2605"
 
     def header(self, facts: Facts) -> None:
         self._grid("run", facts.run_directory)
@@ -192,7 +192,7 @@ class Terminal:
         count = f"{frame.done:>{len(total)}}/{total}" if total else f"{frame.done} batches"
         times = [duration_text(frame.elapsed)]
         if frame.remaining is not None:
-            times.insert(0, f"{times[0]}{self._dot} {duration_text(frame.remaining)} left")
+            times.insert(0, f"{times[0]} < {duration_text(frame.remaining)}")
         metrics = [f"{name} {number_text(value, theme.metrics_format)}" for name, value in frame.metrics.items()]
         gap = theme.metrics_text_delimiter
 
@@ -211,7 +211,7 @@ class Terminal:
                 shown, left = [*shown, metric], left - len(metric) - len(gap)
 
         line = Text(no_wrap=True, overflow="crop", end="").append(label, theme.description)
-        if frame.total and left >= 8:
+        if frame.total and left >= 6:
             self._append_bar(line, min(frame.done / frame.total, 1.0), min(left - 2, 40))
         line.append(f"  {count}", theme.batch_progress)
         for text, style in ((rate, theme.processing_speed), (time, theme.time), (gap.join(shown), theme.metrics)):

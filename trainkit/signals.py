@@ -52,7 +52,9 @@ class Interruption:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         # straight to the terminal: Python's streams may be in the middle of a write, which a handler can't enter again
         with contextlib.suppress(OSError):
-            os.write(2, f"\n{name}: finishing this step and saving; once more stops at once\n".encode())
+            live = os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb"
+            start = "\r\x1b[2K" if live else "\n"  # in the place of a progress bar's line, which is drawn again below
+            os.write(2, f"{start}{name}: finishing this step and saving; once more stops at once\n".encode())
 
     def leave(self) -> None:
         """Raise what the noted signal means: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""

@@ -155,12 +155,16 @@ def append(below: Node | None, node: Node) -> Node:
 
 def names_class(node: Node) -> bool:
     """Whether a value may be a class path or a short name."""
-    return isinstance(node.content, str) and not names_file(node)
+    return isinstance(node.content, str) and file_of(node) is None
 
 
-def names_file(node: Node) -> bool:
-    """Whether a value is the name of a file that is there, which stands for its contents."""
-    return isinstance(node.content, str) and os.path.isfile(node.content)
+def file_of(node: Node) -> str | None:
+    """Return the file that stands for its contents here; its path is relative to the file that names it."""
+    if not isinstance(node.content, str):
+        return None
+    folder = os.path.dirname(node.place.source) if node.place.line else ""
+    path = os.path.join(folder, node.content)
+    return path if os.path.isfile(path) else None
 
 
 def _needs() -> str:

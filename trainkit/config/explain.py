@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainkit.config import document
-from trainkit.config.document import CLASS_KEYS, Node, names_class, names_file
+from trainkit.config.document import CLASS_KEYS, Node, file_of, names_class
 from trainkit.config.parser import LEFT_OUT
 from trainkit.config.problems import Place, Problem, suggest
 from trainkit.config.signatures import (
@@ -24,7 +24,6 @@ from trainkit.config.signatures import (
     Parameters,
     bases,
     class_parameters,
-    class_problem,
     describe,
     find_class,
     item_hint,
@@ -61,7 +60,7 @@ def unsaid(tree: Tree, config: Any) -> list[Problem]:
     problems = []
     for key, class_path, arguments in specs(config):
         node = tree.find(key)
-        if node is None or (names_file(node)):  # given in a file of its own
+        if node is None or file_of(node):  # given in a file of its own
             continue
         cls = load(class_path)
         for name in sorted(needed(cls) - LEFT_OUT.get(key, set())):
@@ -87,11 +86,11 @@ class _Search:
         """Check a mapping's keys and values against the arguments of a group or a class."""
         if node.mapping is None:
             what = f"the arguments of {owner.__name__}" if owner else "keys and values"
-            if names_file(node):
-                node, _ = document.read(node.content)
-            else:
+            file = file_of(node)
+            if file is None:
                 self.add(f"expected a mapping: {what}", node.where, path, f"got {shown(node)}")
                 return
+            node, _ = document.read(file)
         for key, child in (node.mapping or {}).items():
             name = key.removesuffix("+")
             inner = f"{path}.{name}" if path else name
@@ -144,7 +143,7 @@ class _Search:
         if not (slots and elsewhere) and not refuses(known.hint, plain):  # else arguments may come from elsewhere
             return
         named = names_class(node) and ("." in node.content or not literals(known.hint))
-        if slots and (node.mapping is not None or named or names_file(node)):
+        if slots and (node.mapping is not None or named or file_of(node)):
             self._class(node, slots, path, skip, beside)
         elif isinstance(node.content, list) and item_hint(known.hint) is not None:
             for index, item in enumerate(node.content):
@@ -165,8 +164,8 @@ class _Search:
     def _class(
         self, node: Node, slots: tuple[type, ...], path: str, skip: set[str], beside: Mapping[str, Parameter]
     ) -> None:
-        if names_file(node):
-            node, _ = document.read(node.content)
+        if file := file_of(node):
+            node, _ = document.read(file)
         spec = node.mapping if node.mapping is not None else {"class_path": node}
         class_path = spec.get("class_path") or self._class_of(path)
         if class_path is None:
@@ -183,10 +182,8 @@ class _Search:
             cls = find_class(class_path.content, slots)
         except ClassProblem as problem:
             key = path if names_class(node) else f"{path}.class_path"
-            told = class_problem(problem, class_path.place, key)
-            if problem.cause is not None:
-                told = Problem(told.title, told.place, told.key, "\n".join(user_frames(problem.cause)))
-            self.problems.append(told)
+            hint = "\n".join(user_frames(problem.cause)) if problem.cause is not None else problem.hint
+            self.add(problem.title, class_path.place, key, hint)
             return
         arguments = class_parameters(cls, skip)
         for key, child in spec.items():

@@ -17,6 +17,7 @@ from trainkit.config.signatures import (
     class_parameters,
     describe,
     find_class,
+    item_hint,
     known_classes,
 )
 from trainkit.config.tree import Tree
@@ -117,7 +118,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _items(parameter: Parameter) -> list[Any]:
-    from trainkit.config.signatures import item_hint
-
     item = item_hint(parameter.hint)
     return [item] if item is not None else []

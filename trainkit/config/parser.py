@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -69,9 +68,7 @@ def parse(parser: jsonargparse.ArgumentParser, files: Sequence[str], options: Se
         if root == "lr_scheduler" and rest in SCHEDULE_KEYS:
             name = f"{root}_{rest}"
         arguments.append(f"--{name}={value}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # from importing other people's modules
-        return parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
 
 def resolved(parser: jsonargparse.ArgumentParser, config: Any) -> dict[str, Any]:
@@ -116,7 +113,21 @@ def unlifted(plain: dict[str, Any]) -> dict[str, Any]:
 
 def dump(plain: dict[str, Any]) -> str:
     """Return a config as the text of a file."""
-    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=False, allow_unicode=True, width=100)
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that would be read back as something else: to jsonargparse 12e4 is a number, unlike to YAML."""
+
+    def string(self, value: str) -> yaml.Node:
+        try:
+            quoted = jsonargparse.get_loader("yaml")(value) != value
+        except yaml.YAMLError:  # not by itself a value; then the emitter quotes it
+            quoted = False
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style="'" if quoted else None)
+
+
+_Dumper.add_representer(str, _Dumper.string)
 
 
 def _load(text: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 
 import jsonargparse
 
-from trainkit.config.problems import Problem, suggest
+from trainkit.config.problems import suggest
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,9 @@ def find_class(path: str, fitting: tuple[type, ...]) -> type:
     if not isinstance(found, type):
         raise ClassProblem(f"{path} is a {type(found).__name__}, not a class", f"expected a {wanted}")
     if fitting and not issubclass(found, fitting):
-        raise ClassProblem(f"{path} is not a {wanted}", _belongs(found, wanted))
+        same = found.__name__ in known_classes(fitting)
+        hint = f"trainkit's own is called {found.__name__!r}" if same else _belongs(found, wanted)
+        raise ClassProblem(f"{path} is not a {wanted}", hint)
     return found
 
 
@@ -352,8 +354,3 @@ def specs(config: Any, key: str = "") -> Iterator[tuple[str, str, dict[str, Any]
             yield key, children["class_path"], vars(arguments) if arguments is not None else {}
         for name, child in children.items():
             yield from specs(child, f"{key}.{name}" if key else name)
-
-
-def class_problem(problem: ClassProblem, place: Any, key: str) -> Problem:
-    """Return the problem of a class path at its place."""
-    return Problem(problem.title, place, key, problem.hint)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainkit.config.document import CLASS_KEYS, Node, append, empty, from_option, merge, names_class, names_file, read
+from trainkit.config.document import CLASS_KEYS, Node, append, empty, file_of, from_option, merge, names_class, read
 from trainkit.config.parser import LEFT_OUT, SCHEDULE_KEYS
 from trainkit.config.problems import Place, Problem
 from trainkit.config.signatures import Parameter, Parameters, bases, class_parameters, find_class
@@ -80,8 +80,8 @@ class Tree:
         if node is not None and isinstance(node.content, list) and node.content:
             last = self._put(node.content[-1], known, keys, value, path)
             return Node([*node.content[:-1], last], node.place, node.key_place)
-        if node is not None and names_file(node):
-            node = read(node.content)[0]
+        if node is not None and (file := file_of(node)):
+            node = read(file)[0]
         elif node is not None and names_class(node):
             node = Node({"class_path": node}, node.place, node.key_place)
         if key in CLASS_KEYS and key != "init_args":

@@ -72,15 +72,17 @@ class Watch:
 
     def missing(self, trainer: Trainer, event: Event) -> str:
         """Say why there is no value, and what there is."""
-        known = list(trainer.callback_metrics)
-        what = f"the metrics there are: {', '.join(sorted(known))}" if known else "no metric was logged at all"
-        hint = nearest(self.monitor, known)
-        hint = f"; {hint}" if hint.startswith("did you mean") else ""
+        known = sorted(trainer.callback_metrics)
+        guess = nearest(self.monitor, known)
+        guess = f"D{guess[1:]}" if guess.startswith("did you mean") else ""
         when = {"batch": "after this batch", "validation": "after validation", "epoch": "at the end of the epoch"}
-        return (
-            f"{self.owner}(monitor={self.monitor!r}): there is no such metric {when[event]}. "
-            f"{self._reason(trainer, event)} ({what}{hint}.)"
+        sentences = (
+            f"{self.owner}(monitor={self.monitor!r}): there is no such metric {when[event]}.",
+            guess,
+            f"There is: {', '.join(known)}." if known else "No metric was logged at all.",
+            self._reason(trainer, event),
         )
+        return " ".join(filter(None, sentences))
 
     def _reason(self, trainer: Trainer, event: Event) -> str:
         tables = [table for table in (self._last_validation, trainer.metrics.train) if table is not None]
@@ -110,8 +112,8 @@ class Watch:
                 )
             return f"{where}, but it did not in this epoch: log it every time."
         return (
-            "Nothing logs it: call self.log with this name, from the first validation or epoch on if it is logged "
-            "under a condition."
+            "Nothing logs it: call self.log with this name; if that is done under a condition, from the first "
+            "validation or epoch on."
         )
 
     def better(self, value: float, than: float) -> bool:

@@ -41,39 +41,43 @@ def names_in(template: str) -> set[str]:
     return {key for _, key, _ in _parts(template) if key is not None}
 
 
-def check_template(template: Any) -> None:
+def check_template(template: Any, argument: str = "the template") -> None:
     """Refuse a template that would not become a plain file name.
+
+    Args:
+        template: what was given.
+        argument: what the user calls it; errors begin with it.
 
     Raises:
         MisconfigurationException: it is not a string, has a directory in it, braces that do not match, something else
             than names in them, or a format that numbers do not have.
     """
     if not isinstance(template, str):
-        raise _refusal(template, "it must be a string")
-    for text, key, spec in _parts(template):
+        raise _refusal(argument, template, "it must be a string")
+    for text, key, spec in _parts(template, argument):
         if "/" in text or "\0" in text:
-            raise _refusal(template, "it is the name of a file, without directories; those go into dirpath")
+            raise _refusal(argument, template, "it is the name of a file, without directories; those go into dirpath")
         try:
             format(0 if key in COUNTERS else 0.5, spec)
         except ValueError as error:
-            raise _refusal(template, f"{key!r} can't be written with the format {spec!r}: {error}") from None
+            raise _refusal(argument, template, f"{key!r} can't be written with the format {spec!r}: {error}") from None
 
 
-def _parts(template: str) -> list[tuple[str, str | None, str]]:
+def _parts(template: str, argument: str = "the template") -> list[tuple[str, str | None, str]]:
     """Return pieces of text, each with the name and the format that follow it, or None and ""."""
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise _refusal(template, str(error)) from None
+        raise _refusal(argument, template, str(error)) from None
     parts: list[tuple[str, str | None, str]] = []
     for text, key, spec, conversion in pieces:
         if key is not None and (not key or key.isdigit() or conversion or "{" in (spec or "")):
-            raise _refusal(template, "only the name of a metric and a format can stand in the braces")
+            raise _refusal(argument, template, "only the name of a metric and a format can stand in the braces")
         parts.append((text, key, spec or ""))
     return parts
 
 
-def _refusal(template: Any, why: str) -> MisconfigurationException:
+def _refusal(argument: str, template: Any, why: str) -> MisconfigurationException:
     return MisconfigurationException(
-        f"the file name {template!r} can't be used: {why}. Write it like '{{epoch}}-{{val_loss:.2f}}'."
+        f"{argument} can't be used: {why}. Received: {template!r}. Write it like '{{epoch}}-{{val_loss:.2f}}'."
     )

@@ -229,13 +229,7 @@ def find_last(trainer: Trainer) -> Path | None:
     for folder in folders:
         if not any(folder.glob("*.ckpt")):
             continue
-        found = store.newest(folder)
-        if found is None:
-            raise CheckpointError(
-                f"ckpt_path='last': none of the checkpoints in {folder} can be read. "
-                "Start from zero with ckpt_path=None, or name another file."
-            )
-        return found
+        return store.newest(folder)
     return None
 
 

@@ -33,7 +33,7 @@ TEMPORARY = ".trainkit-"
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _CHUNK = 1 << 20
 _writing: set[str] = set()
-"""The hidden files this process is writing: they carry its number, as those of a dead process of that number do."""
+"""Names of the hidden files this process is writing: they have its number, as those of a dead one with that number."""
 
 StrPath = str | os.PathLike[str]
 
@@ -162,7 +162,7 @@ def sweep(directory: StrPath) -> list[str]:
         if not name.startswith(TEMPORARY) or len(writer) != 3 or writer[0] != _machine() or not writer[1].isdigit():
             continue
         temporary = os.path.join(directory, name)
-        if temporary not in _writing and (int(writer[1]) == os.getpid() or not _alive(int(writer[1]))):
+        if name not in _writing and (int(writer[1]) == os.getpid() or not _alive(int(writer[1]))):
             _discard(temporary)
             removed.append(name)
     return removed
@@ -294,7 +294,7 @@ def _created(path: str) -> Iterator[BinaryIO]:
 
 def _publish(target: str, write: Callable[[BinaryIO], None]) -> None:
     temporary = _temporary(os.path.dirname(target) or ".")
-    _writing.add(temporary)
+    _writing.add(os.path.basename(temporary))
     try:
         with _created(temporary) as file:
             write(file)
@@ -303,7 +303,7 @@ def _publish(target: str, write: Callable[[BinaryIO], None]) -> None:
         raise CheckpointError(_not_written(target, error)) from error
     finally:
         _discard(temporary)  # gone already when it was renamed
-        _writing.discard(temporary)
+        _writing.discard(os.path.basename(temporary))
     _sync_directory(target)
 
 
@@ -375,7 +375,7 @@ def _reason(error: OSError, path: str) -> str:
         return f"{above} is a file, not a directory."
     if code == errno.EEXIST:
         return f"{path} is a file, not a directory."
-    if code == errno.ENOENT:
+    if code == errno.ENOENT and not os.path.isdir(directory):
         return f"{directory} is not there any more."
     if code == errno.EISDIR:
         return f"{path} is a directory."

@@ -1,0 +1,573 @@
+"""ModelCheckpoint: save checkpoints while training, and keep the best and the last of them."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trainkit import Callback
+from trainkit.callbacks.monitor import Event, Watch, check_mode, looks_at_epoch_end
+from trainkit.checkpoint import naming, policy, store
+from trainkit.checkpoint.ledger import Finder, described, free_path
+from trainkit.checkpoint.policy import Moment, Saved
+from trainkit.duration import parse_duration
+from trainkit.errors import CheckpointError, MisconfigurationException, nearest
+from trainkit.metrics import numbers
+
+if TYPE_CHECKING:
+    from trainkit import Module, Trainer
+
+
+class Checkpoint(Callback):
+    """Mark a callback that writes checkpoints: it comes behind all others. Derive your own from this."""
+
+    monitors = True
+    saves = True
+
+
+@dataclass
+class _Decision:
+    """That something is to be saved at the next save point, and what was known when that was decided."""
+
+    trainer: Trainer
+    epoch: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    score: Tensor | None = None
+    ranked: bool = False
+    """Whether it takes part in the best k; else only `last` is written."""
+    last: bool = False
+    resumable: bool = False
+    """Whether it must hold the whole state, whatever `save_weights_only` says."""
+    outcome: _Outcome | None = None
+
+
+@dataclass
+class _Outcome:
+    """What a decision leads to: files, and the callback's attributes afterwards."""
+
+    step: int
+    path: str | None = None
+    last: str | None = None
+    remove: list[str] = field(default_factory=list)
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+class _Written(NamedTuple):
+    """What was written last."""
+
+    where: tuple[int, int, int]
+    """The epochs, batches and updates done: a second file from the same place needs no second write."""
+    path: str
+    ranked: bool
+    resumable: bool
+
+
+class ModelCheckpoint(Checkpoint):
+    """Save checkpoints while training, and keep the best and the last of them.
+
+    What is saved is decided where the metrics are, and written at the next point where no gradient is pending, so that
+    a run goes on from a checkpoint exactly. A metric of the validation is only used while it is new: with
+    `every_n_train_steps`, the best k are decided after the next validation. A run that Ctrl-C or SIGTERM ends saves
+    its whole state as `last.ckpt`, whatever is set here, unless `save_top_k=0` and `save_last` say that nothing is
+    wanted.
+
+    Args:
+        dirpath: where the files go; it is made if need be. None: `checkpoints` in the run directory
+            (`trainer.log_dir`).
+        filename: a template such as "{epoch}-{val_loss:.2f}". Every metric, "epoch" and "step" can be in it; a metric
+            that is not there becomes 0. None: "{epoch}-{step}". A file that is there already is not overwritten: the
+            new one ends in "-v1".
+        monitor: the metric that says which are best; None keeps the newest.
+        verbose: print what is saved.
+        save_last: True: also keep what was saved last as `last.ckpt`, best or not. It is a second name of the same
+            file where that file is kept (a hard link), and needs no second write. "link": a symbolic link there.
+        save_top_k: how many of the best to keep; -1 for all, 0 for none.
+        save_weights_only: leave out what only a resumed run needs.
+        mode: "min" when a smaller metric is better, "max" when a larger one is. NaN is worse than anything.
+        auto_insert_metric_name: put each metric's name before its value: "{val_loss:.2f}" becomes "val_loss=0.31". A
+            "/" in the name becomes "_", so that it makes no directory.
+        every_n_train_steps: save after every n-th update.
+        train_time_interval: save after the first batch that ends so long after the last time: a timedelta,
+            "DD:HH:MM:SS", or a dict of a timedelta's arguments.
+        every_n_epochs: save in every n-th epoch. At most one of these three is used; by default every epoch.
+        save_on_train_epoch_end: with `every_n_epochs`, True saves at the end of the training epoch, False after
+            validation. None: after validation when there is more or less than one in each epoch.
+        enable_version_counter: False overwrites a file that is there already.
+        save_on_exception: save `last.ckpt` when an exception ends the run, too. The updates before it are in it; that a
+            run goes on exactly from there can't be promised.
+
+    Attributes:
+        best_model_path: the best file; without `monitor` the newest. "" before the first.
+        best_model_score: its metric, a tensor.
+        best_k_models: the files kept, with their metric.
+        kth_best_model_path, kth_value: the worst of them, once there are k.
+        last_model_path: `last.ckpt`, "" before the first.
+        current_score: the metric when something was last decided.
+
+    Raises:
+        MisconfigurationException: arguments that can't work; when training begins, a directory that can't be written;
+            during training, a metric that is not there.
+
+    Example:
+        >>> checkpoint = ModelCheckpoint(monitor="val_loss", filename="{epoch}-{val_loss:.2f}", save_top_k=3)
+        >>> checkpoint.format_checkpoint_name({"epoch": 2, "val_loss": 0.1234})
+        'epoch=2-val_loss=0.12.ckpt'
+    """
+
+    CHECKPOINT_JOIN_CHAR: ClassVar[str] = "-"
+    CHECKPOINT_EQUALS_CHAR: ClassVar[str] = "="
+    CHECKPOINT_NAME_LAST: str = "last"
+    FILE_EXTENSION: ClassVar[str] = ".ckpt"
+    STARTING_VERSION: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        verbose: bool = False,
+        save_last: bool | Literal["link"] | None = None,
+        save_top_k: int = 1,
+        save_weights_only: bool = False,
+        mode: Literal["min", "max"] = "min",
+        auto_insert_metric_name: bool = True,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | str | dict[str, int] | None = None,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+        enable_version_counter: bool = True,
+        save_on_exception: bool = False,
+    ) -> None:
+        check_mode("ModelCheckpoint", mode)
+        self._watch = None if monitor is None else Watch("ModelCheckpoint", monitor, mode)
+        self.monitor, self.mode = monitor, mode
+        self.verbose = verbose
+        if save_last not in (None, True, False, "link"):
+            raise MisconfigurationException(
+                f'ModelCheckpoint(save_last=...) must be True, False or "link". Received: {save_last!r}.'
+            )
+        self.save_last = save_last
+        self.save_top_k = _whole("save_top_k", save_top_k, least=-1)
+        if monitor is None and save_top_k not in (-1, 0, 1):
+            raise MisconfigurationException(
+                f"ModelCheckpoint(save_top_k={save_top_k}) needs monitor=..., the metric that says which are best. "
+                "Without one, save_top_k can be 1 (the newest), -1 (all) or 0 (none)."
+            )
+        self.save_weights_only = save_weights_only
+        self.auto_insert_metric_name = auto_insert_metric_name
+        self.enable_version_counter = enable_version_counter
+        self.save_on_exception = save_on_exception
+        self.save_on_train_epoch_end = save_on_train_epoch_end
+        self.filename = filename
+        if filename is not None:
+            naming.check_template(filename, "ModelCheckpoint(filename=...)")
+        self._given_dirpath = None if dirpath is None else _directory(dirpath)
+        self.dirpath: str | None = self._given_dirpath
+
+        rhythms = {
+            "every_n_train_steps": every_n_train_steps,
+            "train_time_interval": train_time_interval,
+            "every_n_epochs": every_n_epochs,
+        }
+        given = [name for name, value in rhythms.items() if value is not None and value != 0]
+        if len(given) > 1:
+            raise MisconfigurationException(
+                f"ModelCheckpoint takes one of {', '.join(rhythms)}. Received: "
+                f"{' and '.join(f'{name}={rhythms[name]!r}' for name in given)}. For two rhythms use two of them."
+            )
+        every_epoch = all(value is None for value in rhythms.values())
+        self.every_n_train_steps = _whole("every_n_train_steps", every_n_train_steps or 0, least=0)
+        self.every_n_epochs = _whole("every_n_epochs", 1 if every_epoch else every_n_epochs or 0, least=0)
+        self.train_time_interval: timedelta | None = None
+        if train_time_interval is not None:
+            self.train_time_interval = parse_duration(train_time_interval, "ModelCheckpoint(train_time_interval=...)")
+        self._keep = policy.keep_best(save_top_k, mode) if monitor is not None else policy.keep_last(save_top_k)
+        if save_top_k == -1:
+            self._keep = policy.keep_all
+        self._resumed_from: str | None = None
+        self._forget()
+        self._end_run()
+
+    def _forget(self) -> None:
+        """Set what is remembered about files to what it is before the first."""
+        self.best_model_path = ""
+        self.best_model_score: Tensor | None = None
+        self.best_k_models: dict[str, Tensor] = {}
+        self.kth_best_model_path = ""
+        self.kth_value: Tensor = torch.tensor(math.inf if self.mode == "min" else -math.inf)
+        self.last_model_path = ""
+        self.current_score: Tensor | None = None
+
+    def _end_run(self) -> None:
+        self._running = False
+        self._when_batch: policy.When | None = None  # None: nothing to decide in a step
+        self._when_later: policy.When = policy.never
+        self._looked = False  # for the metric
+        self._waiting = False  # for a new value of it
+        self._decision: _Decision | None = None
+        self._decided_step = -1
+        self._clock = math.inf
+        self._written: _Written | None = None
+        self._warned: set[str] = set()
+
+    def _begin_policies(self, trainer: Trainer) -> None:
+        """Work out when to save, now that it is known when there is validation."""
+        if self.every_n_train_steps:
+            self._when_batch = policy.every_n_steps(self.every_n_train_steps)
+        elif self.train_time_interval is not None:
+            self._when_batch = policy.every_seconds(self.train_time_interval.total_seconds())
+        at_epoch_end = looks_at_epoch_end(trainer, self.save_on_train_epoch_end)
+        where = policy.after("epoch" if at_epoch_end else "validation")
+        self._when_later = policy.all_of(where, policy.every_n_epochs(self.every_n_epochs))
+
+    # ---- state
+    @property
+    def state_key(self) -> str:
+        """Name the state by what is watched and when, so that one run can have several."""
+        settings = {
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "every_n_train_steps": self.every_n_train_steps,
+            "every_n_epochs": self.every_n_epochs,
+            "train_time_interval": self.train_time_interval,
+        }
+        return f"{type(self).__qualname__}{settings}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known about the files. In a checkpoint that is being written, that one is among them."""
+        names = ["current_score", "best_model_score", "best_model_path", "best_k_models"]
+        names += ["kth_best_model_path", "kth_value", "last_model_path"]
+        state: dict[str, Any] = {"monitor": self.monitor, "dirpath": self.dirpath, "waiting": self._waiting}
+        state.update({name: getattr(self, name) for name in names}, fresh=bool(self._watch and self._watch.fresh))
+        if self._decision is not None:
+            outcome = self._outcome(self._decision)
+            state.update(outcome.attributes, pending=[path for path in (outcome.path, outcome.last) if path])
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what is known about the files that are still there, if they are in this callback's directory.
+
+        A directory that was moved as a whole counts as the same one. From another directory only `best_model_path` is
+        taken.
+        """
+        before = state_dict.get("dirpath")
+        find = Finder(self.dirpath, before, self._resumed_from or "", state_dict.get("pending", ()))
+        self.best_model_path = find(state_dict["best_model_path"])
+        if not find.same:
+            warnings.warn(
+                f"ModelCheckpoint saved to {before} before and saves to {self.dirpath} now: the files there stay, and "
+                f"the best {self.save_top_k} are counted anew.",
+                stacklevel=2,
+            )
+            return
+        self._waiting = state_dict.get("waiting", False)
+        self.current_score = state_dict.get("current_score")
+        if self._watch is not None:
+            self._watch.fresh = state_dict.get("fresh", False)
+            scores = {find(path): torch.as_tensor(score) for path, score in state_dict["best_k_models"].items()}
+            scores.pop("", None)
+            saved = [Saved(path, float(score)) for path, score in scores.items()]
+            self._set(described(saved, scores, self.save_top_k, self.mode))
+        self.last_model_path = find(state_dict["last_model_path"])
+        resumed_last = os.path.basename(find.resumed_from).startswith(self.CHECKPOINT_NAME_LAST)
+        if not self.last_model_path and find.beside and resumed_last:
+            self.last_model_path = find.resumed_from
+
+    # ---- hooks
+    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+        """Settle the directory, and prove that it can be written before anything is trained."""
+        self._end_run()
+        if self._watch is not None:
+            self._watch.begin()
+        self._resumed_from = trainer.resume_path
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        directory = self._given_dirpath or os.path.realpath(os.path.join(trainer.log_dir, "checkpoints"))
+        if directory != self.dirpath or (trainer.global_step == 0 and trainer.resume_path is None):
+            self._forget()
+        self.dirpath = directory
+        if trainer.is_global_zero:
+            try:
+                store.prepare(directory)
+            except CheckpointError as error:
+                raise MisconfigurationException(
+                    f"checkpoints can't be saved: {error} Choose another directory with ModelCheckpoint(dirpath=...) "
+                    "or Trainer(default_root_dir=...), or save none with Trainer(enable_checkpointing=False)."
+                ) from error
+
+    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+        """Start counting steps and time."""
+        if trainer.fast_dev_run:
+            return
+        self._begin_policies(trainer)
+        self._running = True
+        self._clock = time.monotonic()
+        self._decided_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Decide, if it is decided by steps or by time."""
+        if self._when_batch is None:
+            return
+        step = trainer.global_step
+        if step == self._decided_step:  # no update since: inside an accumulation window
+            return
+        if self._when_batch(Moment("batch", trainer.current_epoch, step, time.monotonic() - self._clock)):
+            self._decided_step, self._clock = step, time.monotonic()
+            self._decide(trainer, "batch")
+
+    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+        """Decide, if it is decided after validation, or if a decision waits for the metric."""
+        if not self._running or trainer.sanity_checking:
+            return
+        if self._watch is not None:
+            self._watch.after_validation(trainer)
+        self._decide_if_due(trainer, "validation")
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+        """Decide, if it is decided at the end of the epoch, or if a decision waits for the metric."""
+        if self._running:
+            self._decide_if_due(trainer, "epoch")
+
+    def on_save_point(self, trainer: Trainer, module: Module) -> None:
+        """Write what was decided."""
+        if (self._decision is None and not trainer.interrupted) or not self._running:
+            return
+        try:
+            if trainer.interrupted and self._saves_interrupted(trainer):
+                self._decide_last(trainer)
+            if self._decision is not None:
+                self._save(self._decision)
+        finally:
+            self._decision = None
+
+    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+        """Say so when it looked for the metric and never found it."""
+        if self._looked and self.save_top_k and not self.best_k_models and not self.best_model_path:
+            unvalidated = trainer.enable_validation and self._watch is not None and not self._watch.validated
+            why = "validation did not run" if unvalidated else "there was no new value when it looked"
+            warnings.warn(f"ModelCheckpoint(monitor={self.monitor!r}) kept nothing: {why}.", stacklevel=2)
+
+    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
+        """Save what there is, if that is wanted."""
+        wanted = self.save_on_exception and self._running and not trainer.sanity_checking
+        if not wanted or not isinstance(exception, Exception) or isinstance(exception, CheckpointError):
+            return
+        try:
+            self._decision = None  # what was decided is not between windows
+            self._save(self._decide_last(trainer))
+        except Exception as error:
+            exception.add_note(f"save_on_exception: nothing was saved: {error}")
+        finally:
+            self._decision = None
+
+    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+        """End counting."""
+        self._end_run()
+
+    # ---- deciding
+    def _decide_if_due(self, trainer: Trainer, event: Event) -> None:
+        moment = Moment(event, trainer.current_epoch, trainer.global_step, time.monotonic() - self._clock)
+        if self._waiting or self._when_later(moment):
+            self._decide(trainer, event)
+
+    def _decide(self, trainer: Trainer, event: Event) -> None:
+        """Note that something is to be saved, with the metrics of this moment."""
+        score, ranked, watch = None, self.save_top_k != 0, self._watch
+        self._looked = True
+        if ranked and watch is not None:
+            ranked = watch.is_new(trainer, event)
+            if ranked:
+                score = watch.read(trainer)
+            elif event != "batch" and not watch.may_come(trainer):
+                raise MisconfigurationException(watch.missing(trainer, event))
+            self._waiting = not ranked and (self._waiting or event == "batch")
+        if not ranked and (not self.save_last or (self._waiting and event != "batch")):
+            return
+        if self._decision is not None and self._decision.ranked and not ranked:
+            return  # inside an accumulation window: what was decided there is still to be written
+        metrics = numbers(trainer.callback_metrics)
+        self._decision = _Decision(trainer, trainer.current_epoch, metrics, score, ranked, bool(self.save_last))
+
+    def _decide_last(self, trainer: Trainer) -> _Decision:
+        """Note that `last` is to be written with all that a resumed run needs, whatever else is."""
+        progress = trainer.progress
+        epoch = progress.epoch - (progress.batch == 0 and progress.epoch > 0)  # the one of the last finished batch
+        decision = self._decision or _Decision(trainer, epoch, numbers(trainer.callback_metrics))
+        decision.last = decision.resumable = True
+        decision.outcome = None
+        self._decision = decision
+        return decision
+
+    def _saves_interrupted(self, trainer: Trainer) -> bool:
+        """Whether this is the one callback that saves the state when a signal ends the run."""
+        savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and (c.save_top_k or c.save_last)]
+        return bool(savers) and savers[0] is self
+
+    # ---- working out what a decision leads to
+    def _outcome(self, decision: _Decision) -> _Outcome:
+        """Return the files and attributes that follow; the same ones however often it is asked.
+
+        Another callback's checkpoint may be written first, and has this one's attributes in it.
+        """
+        step = decision.trainer.global_step
+        if decision.outcome is not None and decision.outcome.step == step:
+            return decision.outcome
+        outcome = decision.outcome = _Outcome(step)
+        metrics = {**decision.metrics, "epoch": decision.epoch, "step": step}
+        others = self._claimed_by_others(decision.trainer)
+        if decision.ranked:
+            outcome.attributes["current_score"] = decision.score
+            value = None if decision.score is None else float(decision.score)
+            plan = policy.plan(self._saved(), Saved("", value), self._keep)
+            if plan.write:
+                going = {saved.path for saved in plan.remove}
+                outcome.path = path = self._free_path(metrics, self.filename, others, going)
+                outcome.attributes["best_model_path"] = path
+                if decision.score is not None:
+                    kept = [saved if saved.path else Saved(path, value) for saved in plan.kept]
+                    scores = {**self.best_k_models, path: decision.score}
+                    outcome.attributes.update(described(kept, scores, self.save_top_k, self.mode))
+                outcome.remove = sorted(going - {path})
+        if decision.last:
+            before = self.last_model_path
+            taken = others | ({outcome.path} if outcome.path else set())
+            outcome.last = self._free_path(metrics, self.CHECKPOINT_NAME_LAST, taken, {before})
+            outcome.attributes["last_model_path"] = outcome.last
+            if before and before != outcome.last and before not in (outcome.path, *self.best_k_models):
+                outcome.remove.append(before)
+        return outcome
+
+    def _saved(self) -> tuple[Saved, ...]:
+        if self.monitor is None:
+            newest = self.best_model_path  # may be one of another directory, which is not this callback's to remove
+            return (Saved(newest),) if newest and os.path.dirname(newest) == self.dirpath else ()
+        return tuple(Saved(path, float(score)) for path, score in self.best_k_models.items())
+
+    def _set(self, attributes: dict[str, Any]) -> None:
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def _claimed_by_others(self, trainer: Trainer) -> set[str]:
+        """Return the files that the run's other callbacks keep or are about to write."""
+        claimed: set[str] = set()
+        for other in trainer.callbacks:
+            if isinstance(other, ModelCheckpoint) and other is not self:
+                claimed |= {other.best_model_path, other.last_model_path, *other.best_k_models}
+                outcome = other._decision.outcome if other._decision is not None else None
+                if outcome is not None:
+                    claimed |= {path for path in (outcome.path, outcome.last) if path is not None}
+        return claimed
+
+    def _free_path(
+        self, metrics: Mapping[str, float], template: str | None, taken: set[str], replaceable: set[str]
+    ) -> str:
+        def name(version: int | None) -> str:
+            return self._path(metrics, template, version)
+
+        return free_path(name, taken, replaceable, not self.enable_version_counter, self.STARTING_VERSION)
+
+    # ---- writing
+    def _save(self, decision: _Decision) -> None:
+        """Write, then remember, then remove: in this order nothing good is lost when the process dies."""
+        trainer = decision.trainer
+        here = (trainer.progress.epoch, trainer.progress.batch, trainer.progress.step)
+        written = self._written if self._written is not None and self._written.where == here else None
+        if written is not None and written.ranked and decision.ranked:
+            decision.ranked, decision.outcome = False, None  # the best k were decided here already
+        outcome = self._outcome(decision)
+        if outcome.path is not None:
+            trainer.save_checkpoint(outcome.path, self.save_weights_only)
+            written = _Written(here, outcome.path, True, not self.save_weights_only)
+        if outcome.last is not None:
+            if written is None or (decision.resumable and not written.resumable):
+                resumable = decision.resumable or not self.save_weights_only
+                trainer.save_checkpoint(outcome.last, not resumable)
+                written = _Written(here, outcome.last, decision.ranked, resumable)
+            elif written.path != outcome.last and trainer.is_global_zero:
+                store.link_or_copy(written.path, outcome.last, symbolic=self.save_last == "link")
+        self._set(outcome.attributes)
+        self._written, self._decision = written, None
+        if outcome.path is None and outcome.last is None:
+            return
+        if trainer.is_global_zero:
+            for path in outcome.remove:
+                store.remove(path)
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(self)
+        if self.verbose and trainer.is_global_zero:
+            trainer.print(self._report(decision, outcome))
+
+    def _report(self, decision: _Decision, outcome: _Outcome) -> str:
+        value = "" if decision.score is None else f", {self.monitor} = {float(decision.score):.6g}"
+        best = "" if self.best_model_score is None else f" (best {float(self.best_model_score):.6g})"
+        paths = " and ".join(path for path in (outcome.path, outcome.last) if path is not None)
+        return f"ModelCheckpoint: epoch {decision.epoch}, step {outcome.step}{value}{best}: saved {paths}"
+
+    # ---- names
+    def format_checkpoint_name(
+        self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None
+    ) -> str:
+        """Return the path a checkpoint with these metrics would get.
+
+        Args:
+            metrics: what the template may ask for, "epoch" and "step" included. What is missing becomes 0.
+            filename: a template instead of this callback's own.
+            ver: a version to put behind it.
+
+        Raises:
+            MisconfigurationException: the template can't be used.
+        """
+        template = filename or self.filename or "{epoch}-{step}"
+        name = naming.fill(template, metrics, self.auto_insert_metric_name, self.CHECKPOINT_EQUALS_CHAR)
+        if ver is not None:
+            name = f"{name}{self.CHECKPOINT_JOIN_CHAR}v{ver}"
+        name += self.FILE_EXTENSION
+        return os.path.join(self.dirpath, name) if self.dirpath is not None else name
+
+    def _path(self, metrics: Mapping[str, Any], template: str | None, version: int | None = None) -> str:
+        for name in naming.names_in(template or self.filename or "") - set(metrics) - self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"ModelCheckpoint: the file name asks for {name!r}, which is not there ({nearest(name, metrics)}); 0 "
+                "stands in for it.",
+                stacklevel=2,
+            )
+        return self.format_checkpoint_name(metrics, template, version)
+
+    def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
+        """Write the files kept and their metric as YAML.
+
+        Args:
+            filepath: where to; None: `best_k_models.yaml` beside them.
+        """
+        import yaml
+
+        path = filepath if filepath is not None else os.path.join(self.dirpath or "", "best_k_models.yaml")
+        with open(path, "w") as file:
+            yaml.safe_dump({path: float(score) for path, score in self.best_k_models.items()}, file)
+
+
+def _directory(dirpath: str | os.PathLike[str]) -> str:
+    path = os.fspath(dirpath)
+    if "://" in path:
+        raise MisconfigurationException(
+            f"ModelCheckpoint(dirpath={path!r}): checkpoints are written to local directories only."
+        )
+    return os.path.realpath(os.path.expanduser(path))
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise MisconfigurationException(
+            f"ModelCheckpoint({name}=...) must be a whole number, {least} or more. Received: {value!r}."
+        )
+    return value

@@ -97,6 +97,7 @@ def fit(trainer: Trainer) -> None:
                     module.zero_grad()
                 evaluate(trainer, "validation", sources.loaders["val"])
                 metrics.resume_train(TRAIN_BATCH)
+                trainer.is_last_batch = is_last
                 if automatic:
                     schedules.move(schedules.plateau_by_step, progress.step)
 

@@ -14,7 +14,7 @@ from trainkit import Callback, DataModule, Module, Trainer
 from trainkit.config.explain import user_frames
 from trainkit.config.parser import SCHEDULE_KEYS
 from trainkit.config.problems import ConfigError
-from trainkit.config.signatures import load, specs
+from trainkit.config.signatures import load, made_by, specs
 from trainkit.config.tree import Tree
 from trainkit.hooks import is_overridden
 from trainkit.random import MAX_SEED
@@ -41,7 +41,7 @@ def check(config: Any, tree: Tree, command: str) -> None:
     if config.model is None:
         hint = "write `model:` with a class_path, or give --model, for example --model examples.digits.DigitsCNN"
         raise ConfigError(tree.problem("no model given", "model", hint))
-    cls = load(config.model.class_path)
+    cls = made_by(load(config.model.class_path))
     if config.data is None and not is_overridden(cls, LOADERS[command]):
         hint = f"write `data:` with a class_path, or a {LOADERS[command]} into {cls.__name__}"
         raise ConfigError(tree.problem(f"no data given, and {cls.__name__} has no {LOADERS[command]}", "data", hint))
@@ -144,7 +144,7 @@ def _key_of(cls: type, arguments: Mapping[str, Any], config: Any) -> str:
 
 # ---------------------------------------------------------------- optimizer and schedule
 def _check_optimizer(config: Any, tree: Tree) -> None:
-    cls = load(config.model.class_path)
+    cls = made_by(load(config.model.class_path))
     own = is_overridden(cls, "configure_optimizers")
     schedule = _schedule(config)
     if config.optimizer is not None and own:

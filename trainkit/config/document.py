@@ -108,13 +108,17 @@ def from_plain(value: Any, place: Place) -> Node:
 
 def from_option(value: str, place: Place) -> Node:
     """Return what an option's value means, as jsonargparse reads it."""
-    try:
-        meant = jsonargparse.get_loader("yaml")(value) if value.strip() else value
-    except yaml.YAMLError:
-        meant = value
-    node = from_plain(meant, place)
+    node = from_plain(meaning(value), place)
     node.text = value
     return node
+
+
+def meaning(text: str) -> Any:
+    """Return what a value means that is written as this text, without quotes: "3" is 3, "a: 1" a mapping."""
+    try:
+        return jsonargparse.get_loader("yaml")(text) if text.strip() else text
+    except (yaml.YAMLError, TypeError):  # TypeError: jsonargparse looks for flow mappings in a text like "1:"
+        return text
 
 
 def merge(below: Node | None, above: Node) -> Node:
@@ -282,4 +286,4 @@ class _Reader:
     def _scalar(node: yaml.ScalarNode) -> Any:
         if node.style:  # quoted, or a block
             return node.value
-        return jsonargparse.get_loader("yaml")(node.value) if node.value else None
+        return meaning(node.value) if node.value else None

@@ -22,6 +22,7 @@ from trainkit.config.signatures import (
     ClassProblem,
     Parameter,
     Parameters,
+    allows_nothing,
     bases,
     class_parameters,
     describe,
@@ -38,6 +39,19 @@ from trainkit.config.tree import Tree
 
 FOREIGN = {"trainkit", "jsonargparse", "torch", "torchvision", *sys.stdlib_module_names}
 """Packages whose frames tell a user nothing about their own code."""
+
+DULL = (
+    "Parser key",
+    "Does not validate",
+    "Subtypes:",
+    "Subtype errors:",
+    "Errors:",
+    "Given value",
+    "Known subclasses:",
+    "Source:",
+    "Expected a <class 'NoneType'>",
+)
+"""How lines of jsonargparse's messages begin that say nothing to a user."""
 
 COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -134,6 +148,9 @@ class _Search:
         if isinstance(known, dict):
             if node.content is not None:
                 self.mapping(node, known, path)
+            return
+        if node.content is None and known.required and not allows_nothing(known.hint):
+            self._unfit(node, known, path)  # to jsonargparse a null is an argument that was not given
             return
         beside = self.tree.beside.get(path, {})
         skip = LEFT_OUT.get(path, set())
@@ -250,6 +267,6 @@ def translated(refusal: Exception, tree: Tree) -> Problem:
     key_found = re.search(r'Parser key "([^"]+)"', text)
     key = key_found.group(1) if key_found else ""
     lines = [line.strip(" -") for line in text.splitlines()]
-    dull = ("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
-    told = [line for line in lines if line and not line.startswith(dull)]
+    told = [line for line in lines if line and not line.startswith(DULL)]
+    told = [line for line in told if not line.startswith("Expected type:")] or told
     return tree.problem(told[0] if told else text.splitlines()[0], key, "\n".join(told[1:3]))

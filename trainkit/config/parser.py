@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from trainkit import DataModule, Module, Trainer
+from trainkit.config.document import meaning
 from trainkit.config.problems import ConfigError, Place, Problem
 
 SCHEDULE_KEYS = ("interval", "frequency", "monitor")
@@ -67,6 +68,8 @@ def parse(parser: jsonargparse.ArgumentParser, files: Sequence[str], options: Se
         root, _, rest = name.partition(".")
         if root == "lr_scheduler" and rest in SCHEDULE_KEYS:
             name = f"{root}_{rest}"
+        if rest.endswith("init_args") and meaning(value) is None:  # no arguments
+            continue
         arguments.append(f"--{name}={value}")
     return parser.parse_args(arguments)
 
@@ -117,13 +120,10 @@ def dump(plain: dict[str, Any]) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string that would be read back as something else: to jsonargparse 12e4 is a number, unlike to YAML."""
+    """Quotes every string that would be read back as something else: 12e4 is a number to jsonargparse, not to YAML."""
 
     def string(self, value: str) -> yaml.Node:
-        try:
-            quoted = jsonargparse.get_loader("yaml")(value) != value
-        except yaml.YAMLError:  # not by itself a value; then the emitter quotes it
-            quoted = False
+        quoted = meaning(value) != value
         return self.represent_scalar("tag:yaml.org,2002:str", value, style="'" if quoted else None)
 
 
@@ -131,10 +131,22 @@ _Dumper.add_representer(str, _Dumper.string)
 
 
 def _load(text: str) -> Any:
-    """Load YAML as jsonargparse does, and lift an lr_scheduler's own keys to the top level, where it takes them."""
-    loaded = jsonargparse.get_loader("yaml")(text)
+    """Load YAML as jsonargparse does, and put right what it takes differently than a config here means it.
+
+    An lr_scheduler's own keys are lifted to the top level, and sections that are empty are left out.
+    """
+    loaded = _without_empty_sections(jsonargparse.get_loader("yaml")(text))
     scheduler = loaded.get("lr_scheduler") if isinstance(loaded, dict) else None
     if not isinstance(scheduler, dict):
         return loaded
     lifted = {f"lr_scheduler_{key}": scheduler[key] for key in SCHEDULE_KEYS if key in scheduler}
     return {**loaded, "lr_scheduler": {k: v for k, v in scheduler.items() if k not in SCHEDULE_KEYS}, **lifted}
+
+
+def _without_empty_sections(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_empty_sections(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    empty = {"init_args"} if "class_path" in value else {"trainer"} if {"model", "data"} & set(value) else set()
+    return {key: _without_empty_sections(item) for key, item in value.items() if item is not None or key not in empty}

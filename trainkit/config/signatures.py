@@ -51,10 +51,11 @@ def parser_parameters(parser: jsonargparse.ArgumentParser) -> Parameters:
     return found
 
 
-def class_parameters(cls: type, skip: Iterable[str] = ()) -> Parameters:
-    """Return the arguments of a class's constructor, those behind its `**kwargs` included."""
+def class_parameters(cls: Any, skip: Iterable[str] = ()) -> Parameters:
+    """Return the arguments of a class's constructor, or of a function, those behind its `**kwargs` included."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False, print_config=None, add_help=False)
-    parser.add_class_arguments(cls, fail_untyped=False, skip=set(skip))
+    add = parser.add_class_arguments if isinstance(cls, type) else parser.add_function_arguments
+    add(cls, fail_untyped=False, skip=set(skip))
     found = parser_parameters(parser)
     for name in needed(cls) & set(found) - set(skip):  # jsonargparse 4 lets some of them be None
         parameter = found[name]
@@ -63,8 +64,8 @@ def class_parameters(cls: type, skip: Iterable[str] = ()) -> Parameters:
     return found
 
 
-def needed(cls: type) -> set[str]:
-    """Return the names of a constructor's own arguments that have no default."""
+def needed(cls: Any) -> set[str]:
+    """Return the names of a constructor's or a function's own arguments that have no default."""
     try:
         signature = inspect.signature(cls)
     except (TypeError, ValueError):
@@ -109,6 +110,12 @@ def choices(hint: Any) -> list[tuple[Any, Any]]:
     if origin is typing.Annotated:
         return choices(typing.get_args(hint)[0])
     return [(origin, hint)]
+
+
+def allows_nothing(hint: Any) -> bool:
+    """Whether a type allows null."""
+    inner: list[Any] = [choice for _, choice in choices(hint)]
+    return type(None) in inner or None in inner or describe(hint) == "anything"
 
 
 def describe(hint: Any) -> str:
@@ -226,8 +233,15 @@ class ClassProblem(Exception):
         self.title, self.hint, self.cause = title, hint, cause
 
 
-def find_class(path: str, fitting: tuple[type, ...]) -> type:
-    """Return the class that a class path or a short name means.
+def made_by(maker: Any) -> Any:
+    """Return the class of what a class or a function makes; a function says it behind its arrow."""
+    if isinstance(maker, types.FunctionType):
+        return typing.get_type_hints(maker).get("return")
+    return maker
+
+
+def find_class(path: str, fitting: tuple[type, ...]) -> Any:
+    """Return the class that a class path or a short name means, or a function that returns such a class's object.
 
     Raises:
         ClassProblem: there is none, it is no class, or it does not fit the slot.
@@ -249,13 +263,15 @@ def find_class(path: str, fitting: tuple[type, ...]) -> type:
             hint += "\na class of your own needs its full path, like package.module.Class"
         raise ClassProblem(f"no {wanted} is called {path!r}", hint)
     found = _import(path, fitting)
+    made = made_by(found)
+    if isinstance(made, type) and issubclass(made, fitting):
+        return found
     if not isinstance(found, type):
-        raise ClassProblem(f"{path} is a {type(found).__name__}, not a class", f"expected a {wanted}")
-    if fitting and not issubclass(found, fitting):
-        same = found.__name__ in known_classes(fitting)
-        hint = f"trainkit's own is called {found.__name__!r}" if same else _belongs(found, wanted)
-        raise ClassProblem(f"{path} is not a {wanted}", hint)
-    return found
+        hint = f"expected a {wanted}, or a function whose annotation says that it returns one"
+        raise ClassProblem(f"{path} is a {type(found).__name__}, not a class", hint)
+    own = found.__name__ in known_classes(fitting)
+    hint = f"trainkit's own is called {found.__name__!r}" if own else _belongs(found, wanted)
+    raise ClassProblem(f"{path} is not a {wanted}", hint)
 
 
 def _slots() -> dict[type[Any], str]:

@@ -351,6 +351,19 @@ def test_last_without_a_checkpoint_starts_from_zero_and_says_so(TinyModule: Any,
     assert trainer.global_step == 8
 
 
+def test_best_is_found_by_another_process_too(TinyModule: Any, TinyData: Any) -> None:
+    def trainer() -> Trainer:
+        checkpoint = ModelCheckpoint(monitor="val_loss", mode="max", save_last=True)
+        return Trainer(**QUIET, max_epochs=3, log_every_n_steps=2, callbacks=checkpoint)
+
+    first = trainer()
+    first.fit(TinyModule(), datamodule=TinyData())
+    second = trainer()
+    second.validate(TinyModule(), datamodule=TinyData(), ckpt_path="best", verbose=False)
+    assert second.resume_path == first.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    assert "epoch=0" in second.resume_path
+
+
 def test_a_missing_checkpoint_is_an_error_that_names_it(TinyModule: Any, TinyData: Any) -> None:
     trainer = Trainer(**BARE, max_epochs=1)
     with pytest.raises(CheckpointError, match=r"nowhere\.ckpt"):

@@ -184,13 +184,26 @@ def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str)
             warnings.warn("ckpt_path='last': there is no checkpoint yet, the run starts from zero.", stacklevel=6)
         return path
     if str(ckpt_path) == "best":
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "") or _best_of_newest_run(trainer)
         if not best:
             raise CheckpointError(
-                "ckpt_path='best': this Trainer has not saved a best checkpoint yet. Name a file, or use 'last'."
+                "ckpt_path='best': this Trainer has not saved a best checkpoint, and neither has the newest run. "
+                "Name a file, or use 'last'."
             )
         return Path(best)
     return Path(ckpt_path)
+
+
+def _best_of_newest_run(trainer: Trainer) -> str:
+    """Return the best checkpoint as the newest run's last one knows it, "" when there is none."""
+    last, callback = find_last(trainer), trainer.checkpoint_callback
+    if last is None or callback is None:
+        return ""
+    state = store.load(last).get("callbacks", {}).get(callback.state_key, {})
+    best = Path(state.get("best_model_path") or "")
+    if best.name and not best.exists():  # the run directory was moved as a whole
+        best = last.parent / best.name
+    return str(best) if best.is_file() else ""
 
 
 def continue_loggers(loggers: Iterable[Logger], path: Path, step: int) -> None:

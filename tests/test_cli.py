@@ -881,7 +881,7 @@ def test_an_error_in_the_users_step_keeps_its_traceback(run: Run) -> None:
 def test_a_checkpoint_that_is_not_there_is_one_message(run: Run) -> None:
     words = ("--model=cli_project.Own", "--data=cli_project.Numbers", "--ckpt_path=nowhere.ckpt")
     result = run("validate", *words, *QUIET)
-    assert result.code == 1
+    assert result.code == 2
     assert result.err.startswith("error: ")
     assert "nowhere.ckpt" in result.err
     assert "Traceback" not in result.err

@@ -334,7 +334,7 @@ def _start(
             raise
         stepped = recorder.first_step is not None and trainer.global_step > recorder.first_step
         _tell(f"error: {error}", *_where(error), "" if stepped else f"nothing was started; {_see(line.manual)}")
-        return 1 if stepped or isinstance(error, CheckpointError) else 2
+        return 1 if stepped else 2
     return 0
 
 

@@ -17,10 +17,14 @@ from trainkit import DataModule, Module
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-hypothesis.settings.register_profile("trainkit", deadline=None, max_examples=25)
+# The same few examples each time; `pytest --hypothesis-profile=search` looks for new ones.
+hypothesis.settings.register_profile("trainkit", deadline=None, max_examples=25, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile("trainkit")
 
-torch.set_num_threads(1)  # tests run beside each other and beside processes they start
+# One thread for each process: with more processes than cores, threads that wait for each other cost ten times as much.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,11 +62,11 @@ def copy_checkout() -> Callable[[Path], Path]:
     """Copy what a clone would hold, links as links, to a folder that does not exist yet, and return the folder."""
 
     def ignored(folder: str, names: list[str]) -> set[str]:
-        waste = shutil.ignore_patterns(
-            ".git", "__pycache__", "*.egg-info", ".*_cache", ".cache", ".hypothesis", "lightning_logs"
-        )(folder, names)
+        waste = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "trainkit_logs")(
+            folder, names
+        )
         if Path(folder) == CHECKOUT:
-            waste |= {"build", "dist", "runs", "shared"} & set(names)
+            waste |= {"build", "dist", "runs"} & set(names)
         return waste | {name for name in names if os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))}
 
     def copy(destination: Path) -> Path:

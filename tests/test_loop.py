@@ -541,6 +541,25 @@ def test_a_module_without_training_step_is_refused() -> None:
         bare_trainer().fit(Nothing(), InMemory(*batches(1)))
 
 
+def test_a_method_that_would_silently_not_be_called_is_refused() -> None:
+    module = type("Warms", (Net,), {"optimizer_step": lambda self, *arguments: None})()
+    with pytest.raises(MisconfigurationException, match="Warms has optimizer_step, which this version"):
+        bare_trainer().fit(module, InMemory(*batches(1)))
+
+
+def test_detect_anomaly_names_the_operation_that_made_a_nan() -> None:
+    class Breaks(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (super().training_step(batch, batch_idx) * 0).sqrt() * 0
+
+    with (
+        pytest.raises(RuntimeError, match="'SqrtBackward0' returned nan"),
+        pytest.warns(UserWarning, match="Anomaly|Error detected"),
+    ):
+        bare_trainer(detect_anomaly=True).fit(Breaks(), InMemory(*batches(1)))
+    assert not torch.is_anomaly_enabled()
+
+
 def test_a_module_without_optimizer_is_refused() -> None:
     class Nothing(Module):
         def training_step(self, batch: Any, batch_idx: int) -> None: ...

@@ -133,6 +133,10 @@ def with_callbacks_of(module: Module, callbacks: list[Callback]) -> list[Callbac
     return savers_last([*kept, *own])
 
 
+NOT_CALLED = ("backward", "configure_gradient_clipping", "configure_model", "optimizer_step", "optimizer_zero_grad")
+"""Methods that Lightning calls and a run here does not: leaving them out silently would train something else."""
+
+
 def check_can_train(trainer: Trainer) -> None:
     """Refuse a module or settings that can't train, before anything is loaded."""
     module = trainer.module
@@ -141,6 +145,12 @@ def check_can_train(trainer: Trainer) -> None:
             f"{type(module).__name__} has no training_step(self, batch, batch_idx), which fit calls with each "
             "batch and which returns the loss."
         )
+    for name in NOT_CALLED:
+        if callable(getattr(module, name, None)):
+            raise MisconfigurationException(
+                f"{type(module).__name__} has {name}, which this version of trainkit does not call. Take it out, or "
+                "use automatic_optimization=False and do it in training_step."
+            )
     if not is_overridden(module, "configure_optimizers"):
         module.configure_optimizers()  # the one that is not overridden raises, and says what to write
     if not module.automatic_optimization:

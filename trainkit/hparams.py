@@ -94,6 +94,12 @@ class HyperParameters:
         return hparams
 
     @property
+    def hparams_name(self) -> str:
+        """The argument of `__init__` that held the hyperparameters as one object; "kwargs" when they were its own."""
+        name: str = self.__dict__.get("_hparams_name", "kwargs")
+        return name
+
+    @property
     def hparams_initial(self) -> AttributeDict:
         """The hyperparameters as they were saved."""
         initial = self.__dict__.get("_hparams_initial", {})

@@ -36,7 +36,7 @@ def fit(trainer: Trainer) -> None:
             sources.reload_if_due(progress.epoch)
             metrics.start_epoch()
             hooks.on_train_epoch_start()
-        metrics.hook = TRAIN_BATCH
+        metrics.hook, metrics.epoch_ended = TRAIN_BATCH, False
 
         for batch_idx, batch, is_last in sources.train.epoch(progress.epoch, start):
             trainer.is_last_batch = is_last
@@ -98,8 +98,8 @@ def fit(trainer: Trainer) -> None:
                 evaluate(trainer, "validation", sources.loaders["val"])
                 metrics.resume_train(TRAIN_BATCH)
                 trainer.is_last_batch = is_last
-                if automatic:
-                    schedules.move(schedules.plateau_by_step, progress.step)
+            if stepped and automatic and schedules.plateau_by_step:
+                schedules.move(schedules.plateau_by_step, progress.step)
 
             # Stop or save, but only between accumulation windows.
             if is_last or (window_ends and trainer.stopping):

@@ -5,6 +5,7 @@ A logged tensor costs two small kernels and no synchronisation: one keeps the la
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -96,8 +97,10 @@ class Metric:
         reduce = self.reduce
         if self.total is None:
             self.total = _neutral(reduce)
-        if isinstance(value, Tensor) or isinstance(self.total, Tensor):
-            total, value = self._together(value)
+        total = self.total
+        if isinstance(value, Tensor) or isinstance(total, Tensor):
+            if not (isinstance(value, Tensor) and isinstance(total, Tensor) and value.device == total.device):
+                total, value = self._together(value)
             if reduce == "mean" and isinstance(weight, Tensor):
                 total.add_(value.to(total.dtype) * weight)  # as alpha, a tensor would be read here
             elif reduce == "mean":
@@ -109,8 +112,8 @@ class Metric:
             else:
                 torch.maximum(total, value.to(total.dtype), out=total)
         elif reduce in ("mean", "sum"):
-            self.total = self.total + value * (weight if reduce == "mean" else 1)
-        elif (value < self.total if reduce == "min" else value > self.total) or math.isnan(value):
+            self.total = total + value * (weight if reduce == "mean" else 1)
+        elif (value < total if reduce == "min" else value > total) or math.isnan(value):
             self.total = value  # and a NaN stays, as it does in torch
         self.weight = self.weight + weight
 
@@ -133,7 +136,7 @@ class Metric:
             no_weight = not isinstance(self.weight, Tensor) and self.weight == 0
             value = math.nan if no_weight else value / self.weight
         if isinstance(value, Tensor):
-            value = value.to(self.last.dtype if isinstance(self.last, Tensor) else torch.float32, copy=True)
+            value = value.to(self.last.dtype if isinstance(self.last, Tensor) else value.dtype, copy=True)
         return value
 
     def state_dict(self) -> dict[str, Any]:
@@ -402,7 +405,7 @@ class Metrics:
         for saved in state["train"]:
             metric = Metric(**{name: value for name, value in saved.items() if name not in Metric.RUNNING})
             for name in Metric.RUNNING:
-                setattr(metric, name, saved[name])
+                setattr(metric, name, copy.deepcopy(saved[name]))  # they change in place
             self.train.metrics[metric.hook, metric.name, 0] = metric
 
 

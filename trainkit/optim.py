@@ -161,8 +161,6 @@ class Schedules:
 
     def __init__(self, configs: Sequence[LRSchedulerConfig], trainer: Trainer) -> None:
         self.trainer = trainer
-        if not trainer.module.automatic_optimization:
-            configs = ()  # training_step moves them
         self.by_step = tuple(c for c in configs if c.interval == "step" and not c.reduce_on_plateau)
         self.by_epoch = tuple(c for c in configs if c.interval == "epoch" and not c.reduce_on_plateau)
         self.plateau_by_step = tuple(c for c in configs if c.interval == "step" and c.reduce_on_plateau)

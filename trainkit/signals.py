@@ -32,7 +32,9 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._before = {number: signal.signal(number, self._note) for number in NOTED}
+        # what the process ignores, as a shell's background job does with Ctrl-C, it goes on ignoring
+        heard = [number for number in NOTED if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         try:
             yield
         finally:

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -127,9 +127,9 @@ class Trainer(Status):
         default_root_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         check = arguments
-        self.fast_dev_run = check.count("fast_dev_run", int(fast_dev_run or 0), least=0, what="True, False or a number")
+        self.fast_dev_run = check.trial(fast_dev_run)
         self.max_epochs: int | None = check.count("max_epochs", max_epochs, least=-1)
-        self.max_steps: int = check.count("max_steps", max_steps, least=-1)
+        self.max_steps: int = check.count("max_steps", max_steps, least=-1, required=True)
         self.min_epochs: int | None = check.count("min_epochs", min_epochs, least=0)
         self.min_steps: int | None = check.count("min_steps", min_steps, least=0)
         self.max_time = parse_duration(max_time, argument="max_time") if max_time is not None else None
@@ -137,7 +137,7 @@ class Trainer(Status):
         self.limit_val_batches = check.limit("limit_val_batches", limit_val_batches)
         self.limit_test_batches = check.limit("limit_test_batches", limit_test_batches)
         self.limit_predict_batches = check.limit("limit_predict_batches", limit_predict_batches)
-        self.overfit_batches = check.limit("overfit_batches", overfit_batches)
+        self.overfit_batches = check.limit("overfit_batches", overfit_batches, default=0.0)
         self.check_val_every_n_epoch = check.count("check_val_every_n_epoch", check_val_every_n_epoch, least=1)
         self.val_check_interval = check.validation_interval(val_check_interval, check_val_every_n_epoch)
         self.num_sanity_val_steps = check.count(
@@ -146,19 +146,21 @@ class Trainer(Status):
         self.log_every_n_steps: int = check.count(
             "log_every_n_steps", 50 if log_every_n_steps is None else log_every_n_steps, least=0
         )
-        self.accumulate_grad_batches: int = check.count("accumulate_grad_batches", accumulate_grad_batches, least=1)
+        self.accumulate_grad_batches: int = check.count(
+            "accumulate_grad_batches", accumulate_grad_batches, least=1, required=True
+        )
         self.gradient_clip_val = check.clip_value(gradient_clip_val)
         self.gradient_clip_algorithm = (
             check.choice("gradient_clip_algorithm", gradient_clip_algorithm, ("norm", "value")) or "norm"
         )
         self.reload_dataloaders_every_n_epochs: int = check.count(
-            "reload_dataloaders_every_n_epochs", reload_dataloaders_every_n_epochs, least=0
+            "reload_dataloaders_every_n_epochs", reload_dataloaders_every_n_epochs, least=0, required=True
         )
         self.deterministic = check.flag("deterministic", deterministic, "warn")
         self.benchmark = check.flag("benchmark", benchmark)
         self.inference_mode = check.flag("inference_mode", inference_mode)
         self.detect_anomaly = check.flag("detect_anomaly", detect_anomaly)
-        self.default_root_dir = os.path.abspath(os.path.expanduser(default_root_dir or "."))
+        self.default_root_dir = check.folder("default_root_dir", default_root_dir)
 
         device = resolve_device(accelerator, devices, gpus)
         self.strategy = components.strategy_of(strategy, device)
@@ -239,9 +241,11 @@ class Trainer(Status):
             self.sources.load_evaluation("val")
             self._restore_run()
             if not self.done and self.num_training_batches > 0:
-                with self.interruption.listening():
+                anomalies = torch.autograd.set_detect_anomaly(True) if self.detect_anomaly else nullcontext()
+                with self.interruption.listening(), anomalies:
                     self._sanity_check()
                     loop.fit(self)
+                    self.leave_if_interrupted()  # a signal before the first batch or after the last save
 
     def validate(
         self,
@@ -527,7 +531,7 @@ class Trainer(Status):
 
     def check_batch(self, batch: Any) -> None:
         """Refuse a first batch that is not where the module is."""
-        check_device(batch, self.module.device)
+        check_device(batch, self.device)
 
     def take_manual_step(self) -> bool:
         """Whether the module stepped an optimizer by itself in this batch."""

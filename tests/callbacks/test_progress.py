@@ -216,9 +216,9 @@ def test_the_live_line_has_epoch_bar_pace_times_and_training_metrics(scenes: dic
     training = [line for line in scenes["whole"].live if line.startswith("epoch 2/3") and " 0/25" not in line]
     assert training
     for line in training:
-        assert re.fullmatch(
-            r"epoch 2/3  [━╸─]+  [ \d]\d/25  [ \d.]{4} it/s  0:0\d < 0:0\d  train_loss 0.5000", line
-        ), line
+        assert re.fullmatch(r"epoch 2/3  [━╸─]+  [ \d]\d/25  [ \d.]{4} it/s  0:0\d < 0:0\d  train_loss 0.5000", line), (
+            line
+        )
 
 
 def test_live_lines_leave_nothing_behind(scenes: dict[str, Scene]) -> None:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from trainkit.checkpoint import store
 from trainkit.errors import CheckpointError
-from trainkit.hparams import plain_hparams
+from trainkit.hparams import AttributeDict, plain_hparams
 from trainkit.state import ByKey, resume_state
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         for key, part in resume_state(trainer).items():
             checkpoint[key] = part.state_dict()
     if module.hparams:
-        checkpoint["hparams_name"] = "kwargs"
+        checkpoint["hparams_name"] = module.hparams_name
         checkpoint["hyper_parameters"] = plain_hparams(module.hparams)
     if datamodule is not None:
         if state := datamodule.state_dict():
             checkpoint[type(datamodule).__qualname__] = state
         if datamodule.hparams:
-            checkpoint["datamodule_hparams_name"] = "kwargs"
+            checkpoint["datamodule_hparams_name"] = datamodule.hparams_name
             checkpoint["datamodule_hyper_parameters"] = plain_hparams(datamodule.hparams)
     trainer.hooks.on_save_checkpoint(checkpoint)
     return checkpoint
@@ -134,8 +134,11 @@ def rebuild(
     saved = dict(checkpoint.get("hyper_parameters") or {})
     if hparams_file is not None:
         saved = _hparams_of(Path(hparams_file))
-    arguments = {**saved, **overrides}
     parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
+    name = checkpoint.get("hparams_name", "kwargs")
+    if name != "kwargs" and name in parameters:  # one argument held them all
+        saved = {name: AttributeDict(saved)}
+    arguments = {**saved, **overrides}
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters or name in overrides}
     missing = [

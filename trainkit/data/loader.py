@@ -39,9 +39,11 @@ class Loader:
 
     def __init__(self, source: Any, *, limit: float = 1.0, name: str, argument: str, sequential: bool = False) -> None:
         samples = isinstance(source, Dataset) and not isinstance(source, Iterable)
-        if samples or isinstance(source, str) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
+        iterable = isinstance(source, Iterable) or hasattr(source, "__getitem__")
+        if samples or isinstance(source, (str, type)) or not iterable:
             hint = " Wrap the data set: DataLoader(dataset, batch_size=...)." if samples else ""
-            raise TypeError(f"{name} must be an iterable of batches. Received: {type(source).__name__}.{hint}")
+            received = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
+            raise TypeError(f"{name} must be an iterable of batches. Received: {received}.{hint}")
         self.source = source
         self.name = name
         self.order: EpochOrder | None = None

@@ -324,6 +324,10 @@ class ModelCheckpoint(Checkpoint):
             self._decided_step, self._clock = step, time.monotonic()
             self._decide(trainer, "batch")
 
+    def on_sanity_check_end(self, trainer: Trainer, module: Module) -> None:
+        if self._watch is not None:
+            self._watch.doubt(trainer)
+
     def on_validation_end(self, trainer: Trainer, module: Module) -> None:
         """Decide, if it is decided after validation, or if a decision waits for the metric."""
         if not self._running or trainer.sanity_checking:

@@ -162,6 +162,9 @@ class EarlyStopping(Callback):
             stacklevel=2,
         )
 
+    def on_sanity_check_end(self, trainer: Trainer, module: Module) -> None:
+        self._watch.doubt(trainer)
+
     def on_validation_end(self, trainer: Trainer, module: Module) -> None:
         """Look at the metric, unless that is done at the end of the epoch."""
         if self._event is None or trainer.sanity_checking:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -44,6 +46,17 @@ class Watch:
         self.validated = False
         self.fresh = False  # a validation has logged it since it was read; a part of the owner's state
         self._last_validation: Table | None = None
+
+    def doubt(self, trainer: Trainer) -> None:
+        """Warn before the first step if the name looks misspelt: the sanity check logged one that is very close."""
+        known = trainer.callback_metrics
+        close = difflib.get_close_matches(self.monitor, known, n=1, cutoff=0.8)
+        if close and self.monitor not in known:
+            warnings.warn(
+                f"{self.owner}(monitor={self.monitor!r}): the sanity check logged {close[0]!r}, and nothing of this "
+                "name. If training does not log it either, the run stops at the end of its first epoch.",
+                stacklevel=2,
+            )
 
     def after_validation(self, trainer: Trainer) -> None:
         """Take note of what a validation logged; to be called in `on_validation_end`."""

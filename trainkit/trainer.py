@@ -375,6 +375,7 @@ class Trainer(Status):
             hooks.on_exception(error)
             for part in data:
                 part.on_exception(error)
+            self.strategy.teardown(module)
             raise
         finally:
             self._tear_down(stage, data, status)

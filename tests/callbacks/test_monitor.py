@@ -12,6 +12,7 @@ from hypothesis import given
 from torch.utils.data import DataLoader
 
 from trainkit import Callback, Module, Trainer
+from trainkit.callbacks import EarlyStopping, ModelCheckpoint
 from trainkit.callbacks.monitor import Watch
 from trainkit.checkpoint import policy
 from trainkit.errors import MisconfigurationException
@@ -91,3 +92,17 @@ def test_a_value_is_new_where_something_gave_it(monitor: str, news: str) -> None
 def test_a_mode_that_is_neither_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r'Mine\(mode=\.\.\.\) must be "min" .*Received: \'less\''):
         Watch("Mine", "x", "less")
+
+
+@pytest.mark.parametrize("callback", [EarlyStopping, ModelCheckpoint])
+def test_a_name_that_looks_misspelt_is_doubted_before_the_first_step(
+    callback: Any, TinyModule: Any, TinyData: Any
+) -> None:
+    class Never(TinyModule):  # type: ignore[misc, valid-type]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise InterruptedError
+
+    settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
+    trainer = Trainer(accelerator="cpu", callbacks=callback(monitor="val/loss"), **settings)
+    with pytest.raises(InterruptedError), pytest.warns(UserWarning, match="the sanity check logged 'val_loss'"):
+        trainer.fit(Never(), datamodule=TinyData())

@@ -1,11 +1,9 @@
-"""Fashion-MNIST: where it is found, and how a run gets it.
+"""Fashion-MNIST: where it is found, and how a run gets it. `find_or_fetch` looks, in this order, in
 
-`find_or_fetch` looks, in this order, in
-
-    root                                   the folder given
-    $TRAINKIT_DATA                         the folder named by the environment
-    /usr/share/datasets/fashion-mnist      Debian's package, unpacked into the cache: $XDG_CACHE_HOME/trainkit
-    the mirror that torchvision knows      downloaded into root or, without one, into the cache
+root                                   the folder given
+$TRAINKIT_DATA                         the folder named by the environment
+/usr/share/datasets/fashion-mnist      Debian's package, unpacked into the cache: $XDG_CACHE_HOME/trainkit
+the mirror that torchvision knows      downloaded into root or, without one, into the cache
 """
 
 from __future__ import annotations

@@ -253,6 +253,7 @@ def test_a_small_run_goes_through_every_step(fashion: ModuleType, model: ModuleT
     module, trainer = model.FashionCNN(width=2), make_trainer()
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 2
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0)
     assert {"train/loss", "val/loss", "val/acc"} <= trainer.callback_metrics.keys()
     assert trainer.test(module, datamodule=data, verbose=False)[0].keys() == {"test/loss", "test/acc"}
     assert torch.cat(trainer.predict(module, datamodule=data)).shape == (6,)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from trainkit.errors import MisconfigurationException, nearest
+from trainkit.errors import MisconfigurationException, nearest, warn
+from trainkit.hooks import is_overridden
 
 if TYPE_CHECKING:
     from trainkit import Trainer
@@ -52,10 +52,9 @@ class Watch:
         known = trainer.callback_metrics
         close = difflib.get_close_matches(self.monitor, known, n=1, cutoff=0.8)
         if close and self.monitor not in known:
-            warnings.warn(
+            warn(
                 f"{self.owner}(monitor={self.monitor!r}): the sanity check logged {close[0]!r}, and nothing of this "
-                "name. If training does not log it either, the run stops at the end of its first epoch.",
-                stacklevel=2,
+                "name. If training does not log it either, the run stops at the end of its first epoch."
             )
 
     def after_validation(self, trainer: Trainer) -> None:
@@ -124,6 +123,8 @@ class Watch:
                     f"{self.owner} looks: log it with on_step=True, or look at the epoch's end."
                 )
             return f"{where}, but it did not in this epoch: log it every time."
+        if not trainer.enable_validation and is_overridden(trainer.module, "validation_step"):
+            return "This run does not validate: give it validation loaders, or monitor a metric of training."
         return (
             "Nothing logs it: call self.log with this name; if that is done under a condition, from the first "
             "validation or epoch on."

@@ -115,5 +115,5 @@ def convolution(inputs: int, outputs: int) -> list[nn.Module]:
 if __name__ == "__main__":
     seed_everything(42)
     best = ModelCheckpoint(monitor="val/acc", mode="max", save_last=True)
-    trainer = Trainer(max_epochs=15, log_every_n_steps=10, callbacks=best, default_root_dir="runs/digits")
+    trainer = Trainer(max_epochs=10, log_every_n_steps=10, callbacks=best, default_root_dir="runs/digits")
     trainer.fit(DigitsCNN(), datamodule=Digits())

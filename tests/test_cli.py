@@ -878,6 +878,15 @@ def test_an_error_in_the_users_step_keeps_its_traceback(run: Run) -> None:
         main(["fit", "--model=cli_project.Failing", "--data=cli_project.Numbers", *QUIET])
 
 
+@pytest.mark.parametrize("section", ["[1]", "[]", "true", "3"])
+def test_a_trainer_section_that_is_no_mapping_is_refused(section: str, config: Path, run: Run) -> None:
+    Path("more.yaml").write_text(f"trainer: {section}\n")
+    result = run("fit", "-c", "run.yaml", "-c", "more.yaml", "--trainer.max_epochs=1")
+    assert result.code == 2
+    assert "expected a mapping: the arguments of Trainer" in result.err
+    assert "more.yaml:1" in result.err
+
+
 def test_a_checkpoint_that_is_not_there_is_one_message(run: Run) -> None:
     words = ("--model=cli_project.Own", "--data=cli_project.Numbers", "--ckpt_path=nowhere.ckpt")
     result = run("validate", *words, *QUIET)

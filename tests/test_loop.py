@@ -303,9 +303,14 @@ def test_minus_one_from_on_train_batch_start_skips_the_rest_of_the_epoch() -> No
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
             return -1 if batch_idx == 2 else None
 
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
     trainer = bare_trainer(max_epochs=3)
     trainer.fit(Impatient(), InMemory(*batches(8)))
     assert (trainer.global_step, trainer.current_epoch) == (6, 3)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3)  # a skipped rest is an epoch, too
 
 
 # ---------------------------------------------------------------- when to validate, when to stop
@@ -575,6 +580,7 @@ def test_a_module_without_optimizer_is_refused() -> None:
         (lambda loss: loss.item(), "must return the loss as a tensor"),
         (lambda loss: {"los": loss}, r"a dict with \['los'\]"),
         (lambda loss: (loss, 1), "must return the loss as a tensor"),
+        (lambda loss: torch.stack([loss, loss]), r"must return one number as the loss. Received: shape \(2,\)"),
     ],
 )
 def test_a_loss_that_teaches_nothing_is_refused_before_the_first_step(returned: Any, message: str) -> None:
@@ -586,6 +592,29 @@ def test_a_loss_that_teaches_nothing_is_refused_before_the_first_step(returned: 
     with pytest.raises(MisconfigurationException, match=message):
         trainer.fit(Wrong(), InMemory(*batches(2)))
     assert trainer.global_step == 0
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused_with_the_way_to_use_it() -> None:
+    module = type("Old", (Net,), {"configure_optimizers": lambda self: torch.optim.LBFGS(self.parameters())})()
+    with pytest.raises(MisconfigurationException, match="LBFGS runs the forward and backward pass by itself"):
+        bare_trainer().fit(module, InMemory(*batches(1)))
+
+
+def test_a_schedule_may_span_the_whole_run() -> None:
+    totals = []
+
+    class Spans(Net):
+        def configure_optimizers(self) -> Any:
+            totals.append(self.trainer.estimated_stepping_batches)
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=totals[-1])
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    trainer = bare_trainer(max_epochs=3, accumulate_grad_batches=3)
+    trainer.fit(Spans(), InMemory(*batches(8)))
+    bare_trainer(max_epochs=3, max_steps=5).fit(Spans(), InMemory(*batches(8)))
+    assert totals == [9, 5]
+    assert trainer.global_step == 9
 
 
 def test_an_empty_loader_is_refused() -> None:

@@ -177,6 +177,18 @@ def test_other_optimizers_than_the_checkpoints_are_refused(tmp_path: Path) -> No
         trainer.fit(One(), *loaders(), ckpt_path=tmp_path / "x.ckpt")
 
 
+def test_an_optimizer_of_another_kind_is_refused_before_a_step(tmp_path: Path) -> None:
+    class Other(Net):
+        def configure_optimizers(self) -> Any:
+            first, second = super().configure_optimizers()
+            return [torch.optim.SGD(first["optimizer"].param_groups[0]["params"], lr=0.1), second["optimizer"]]
+
+    trainer, _ = fit(Record(), limit_train_batches=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match="returned SGD, whose dampening, momentum, nesterov the checkpoint"):
+        trainer.fit(Other(), *loaders(), ckpt_path=tmp_path / "x.ckpt")
+
+
 def test_the_file_has_lightnings_keys_and_torch_reads_it(tmp_path: Path) -> None:
     trainer, module = fit(Record())
     trainer.save_checkpoint(tmp_path / "x.ckpt")

@@ -39,6 +39,12 @@ def folder(name: str, value: Any) -> str:
     return path
 
 
+def order(low: str, least: int | None, high: str, most: int | None) -> None:
+    """Refuse a minimum above its maximum."""
+    if least is not None and most is not None and most != -1 and least > most:
+        raise MisconfigurationException(f"{low}={least} is more than {high}={most}, so it could never be reached.")
+
+
 def flag(name: str, value: Any, *also: Any) -> Any:
     """Return True, False, None, or one of the other values that are allowed."""
     if value is None or isinstance(value, bool) or value in also:

@@ -290,7 +290,7 @@ def _run_checked(line: CommandLine) -> int:
 def _read_files(paths: Sequence[str]) -> tuple[list[Node], list[Problem]]:
     """Read the config files, and what is wrong with them although they can be read."""
     from trainkit.config import document
-    from trainkit.config.problems import ConfigError
+    from trainkit.config.problems import ConfigError, Problem
 
     nodes, problems, unreadable = [], [], []
     for path in paths:
@@ -301,6 +301,12 @@ def _read_files(paths: Sequence[str]) -> tuple[list[Node], list[Problem]]:
         else:
             nodes.append(node)
             problems += found
+            section = node.find("trainer")
+            if section is not None and not isinstance(section.content, (dict, str, type(None))):
+                hint = "write one argument a line below it, `max_epochs: 3` for example; or take the key out"
+                unreadable.append(
+                    Problem("expected a mapping: the arguments of Trainer", section.where, "trainer", hint)
+                )
     if unreadable:
         raise ConfigError(unreadable + problems)
     return nodes, problems

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit.callback import Callback
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
 from trainkit.loggers import Logger
 from trainkit.module import Module
@@ -115,10 +114,9 @@ def module_of(given: Any, stage: str) -> Module:
         return given
     inner = getattr(given, "_orig_mod", None)
     if isinstance(inner, Module):
-        warnings.warn(
+        warn(
             "the module was wrapped by torch.compile, which compiles forward only; the run uses it as it was. "
-            "Compile what the steps call instead, for example self.net.compile().",
-            stacklevel=6,
+            "Compile what the steps call instead, for example self.net.compile()."
         )
         return inner
     hint = " Derive it from trainkit.Module." if isinstance(given, torch.nn.Module) else ""
@@ -164,8 +162,7 @@ def check_can_train(trainer: Trainer) -> None:
                 )
     frozen = [name for name, part in module.named_modules() if not part.training]
     if frozen:
-        warnings.warn(
+        warn(
             f"{len(frozen)} modules are in evaluation mode at the start of training, {frozen[0] or 'the module'!r} "
-            "first; call module.train() if that is not meant.",
-            stacklevel=5,
+            "first; call module.train() if that is not meant."
         )

@@ -8,8 +8,15 @@ RuntimeError
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_OURS = (_HERE + os.sep, os.path.join(os.path.dirname(_HERE), "callbacks") + os.sep)
 
 
 class MisconfigurationException(ValueError):
@@ -18,6 +25,18 @@ class MisconfigurationException(ValueError):
 
 class CheckpointError(RuntimeError):
     """Tell why a checkpoint was not written or not loaded; nothing was changed."""
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's code that led here, past trainkit's own frames."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(_OURS) or file == contextlib.__file__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import warnings
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from types import FrameType
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, warn
 
 
 class AttributeDict(dict[str, Any]):
@@ -75,10 +75,9 @@ class HyperParameters:
         kept = {name: value for name, value in kept.items() if name not in ignored}
         for name, value in kept.items():
             if name in values and isinstance(value, torch.nn.Module):
-                warnings.warn(
+                warn(
                     f"hyperparameter {name!r} is an nn.Module, whose weights are in the checkpoint already; "
-                    f"leave it out with save_hyperparameters(ignore=[{name!r}]).",
-                    stacklevel=2,
+                    f"leave it out with save_hyperparameters(ignore=[{name!r}])."
                 )
         store["_hparams"] = AttributeDict(kept)
         store["_hparams_initial"] = {name: _copied(value) for name, value in kept.items() if not _heavy(value)}
@@ -157,16 +156,18 @@ def _is_init_of(owner: object, frame: FrameType) -> bool:
 
 
 def plain_hparams(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters that a checkpoint can hold; the others are left out with a warning."""
+    """Return the hyperparameters that a checkpoint can hold, paths as strings; others are left out with a warning."""
     kept: dict[str, Any] = {}
-    for name, value in hparams.items():
+    for name, given in hparams.items():
+        value = os.fspath(given) if isinstance(given, os.PathLike) else given
+        if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+            value = value.item()
         if _is_plain(value):
             kept[name] = value
         else:
-            warnings.warn(
+            warn(
                 f"hyperparameter {name!r} ({type(value).__name__}) can't be stored in a checkpoint; give it again: "
-                f"load_from_checkpoint(path, {name}=...).",
-                stacklevel=2,
+                f"load_from_checkpoint(path, {name}=...)."
             )
     return kept
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def fit(trainer: Trainer) -> None:
     """Train until a limit is reached: zero_grad, forward, loss, backward, step, log.
 
-    Counters advance before anybody hears of a finished batch, and checkpoints are written only at save points, where
-    no gradient is pending: what is saved there needs no repair on resume.
+    Counters advance before anybody hears of a finished batch, and ModelCheckpoint writes at save points only, where no
+    gradient is pending: what is saved there needs no repair on resume. `metrics` is told where the run is, for `log`.
     """
     module, precision, progress, sources = trainer.module, trainer.precision, trainer.progress, trainer.sources
     hooks, metrics, optimizers, schedules = trainer.hooks, trainer.metrics, trainer.optimizers, trainer.schedules
@@ -31,7 +31,8 @@ def fit(trainer: Trainer) -> None:
 
     hooks.on_train_start()
     while not trainer.done:
-        start, is_last, gradients = progress.batch, True, False
+        start, gradients = progress.batch, False
+        is_last = True  # until a batch says otherwise: a resumed epoch may have none left
         if start == 0:  # else: resumed inside this epoch
             sources.reload_if_due(progress.epoch)
             metrics.start_epoch()
@@ -45,7 +46,9 @@ def fit(trainer: Trainer) -> None:
             if batch_idx == start:
                 trainer.check_batch(batch)
             metrics.batch = batch
-            if hooks.on_train_batch_start(batch, batch_idx) == -1:
+            if hooks.on_train_batch_start(batch, batch_idx) == -1:  # the rest of the epoch is skipped
+                if automatic:
+                    schedules.move(schedules.by_epoch, progress.epoch + 1)
                 is_last = True
                 break
 
@@ -86,7 +89,7 @@ def fit(trainer: Trainer) -> None:
             # Count, then tell, log and validate: from here on the counters speak of finished things only.
             progress.batch += 1
             progress.total_batch += 1
-            progress.step += stepped
+            progress.step += stepped  # a held float16 update counts, too, as in Lightning
             if is_last and automatic:
                 schedules.move(schedules.by_epoch, progress.epoch + 1)
             hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
@@ -192,6 +195,11 @@ def loss_of(output: Any) -> Tensor | None:
         raise MisconfigurationException(
             "training_step must return the loss as a tensor, a dict with the key 'loss', or None to skip the batch. "
             f"Received: {f'a dict with {sorted(output)}' if isinstance(output, Mapping) else repr(output)}."
+        )
+    if loss.ndim and loss.numel() != 1:
+        raise MisconfigurationException(
+            f"training_step must return one number as the loss. Received: shape {tuple(loss.shape)}. Reduce it first, "
+            "for example with .mean()."
         )
     if not loss.requires_grad:
         raise MisconfigurationException(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from trainkit.errors import MisconfigurationException, nearest
+from trainkit.errors import MisconfigurationException, nearest, warn
 
 if TYPE_CHECKING:
     from trainkit.module import Module
@@ -54,7 +54,7 @@ def configure(module: Module) -> tuple[list[Optimizer], list[LRSchedulerConfig]]
     """
     returned = module.configure_optimizers()
     if returned is None:
-        warnings.warn("configure_optimizers returned None: the weights will not be updated.", stacklevel=2)
+        warn("configure_optimizers returned None: the weights will not be updated.")
         return [], []
     optimizers: list[Any]
     schedulers: list[Any] = []
@@ -86,6 +86,18 @@ def configure(module: Module) -> tuple[list[Optimizer], list[LRSchedulerConfig]]
     return optimizers, configs
 
 
+def check_closures(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that run the forward and backward pass by themselves: automatic optimization has run it."""
+    for optimizer in optimizers:
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} runs the forward and backward pass by itself, which automatic "
+                "optimization does not do. Set self.automatic_optimization = False and call "
+                "self.optimizers().step(closure) in training_step."
+            )
+
+
 def _from_dicts(dicts: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
     optimizers, schedulers = [], []
     for given in dicts:
@@ -93,10 +105,9 @@ def _from_dicts(dicts: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any
             raise MisconfigurationException(f"{FORMS}. Received a dict without 'optimizer': {sorted(given)}.")
         unknown = set(given) - {"optimizer", "lr_scheduler", "monitor"}
         if unknown:
-            warnings.warn(
+            warn(
                 f"configure_optimizers: {', '.join(map(repr, sorted(unknown)))} means nothing beside 'optimizer', "
-                "'lr_scheduler' and 'monitor'.",
-                stacklevel=4,
+                "'lr_scheduler' and 'monitor'."
             )
         optimizers.append(given["optimizer"])
         scheduler = given.get("lr_scheduler")
@@ -116,7 +127,7 @@ def scheduler_config(given: Any) -> LRSchedulerConfig:
     known = set(LRSchedulerConfig.__dataclass_fields__)
     for key in settings:
         if key not in known:
-            warnings.warn(f"the lr scheduler's key {key!r} means nothing; {nearest(str(key), known)}", stacklevel=5)
+            warn(f"the lr scheduler's key {key!r} means nothing; {nearest(str(key), known)}")
     if "scheduler" not in settings:
         raise MisconfigurationException(
             f"an lr scheduler's dict needs the key 'scheduler'. Received: {sorted(settings)}."
@@ -145,9 +156,7 @@ def scheduler_config(given: Any) -> LRSchedulerConfig:
             '{"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}.'
         )
     if interval_looks_wrong(config):
-        warnings.warn(
-            f"{type(scheduler).__name__} is made for interval='step' but moves once an epoch here.", stacklevel=5
-        )
+        warn(f"{type(scheduler).__name__} is made for interval='step' but moves once an epoch here.")
     return config
 
 
@@ -187,7 +196,7 @@ class Schedules:
         )
         if config.strict:
             raise MisconfigurationException(message)
-        warnings.warn(message, stacklevel=2)
+        warn(message)
         return None
 
 

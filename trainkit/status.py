@@ -43,6 +43,7 @@ class Status:
     should_stop: bool
     is_last_batch: bool
     max_epochs: int | None
+    accumulate_grad_batches: int
     min_epochs: int | None
     max_steps: int
     min_steps: int | None
@@ -61,6 +62,17 @@ class Status:
     def global_step(self) -> int:
         """How many optimizer updates are done; several optimizers stepping in one batch count once."""
         return self.progress.step
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """How many optimizer updates the whole run has, for schedules that need to know; infinity without a limit."""
+        if "train" not in self.sources.loaders:
+            self.sources.load_train()
+        batches = self.num_training_batches
+        if self.max_epochs is None or self.max_epochs == -1 or batches == math.inf:
+            return self.max_steps if self.max_steps != -1 else math.inf
+        updates = math.ceil(batches / self.accumulate_grad_batches) * self.max_epochs
+        return min(updates, self.max_steps) if self.max_steps != -1 else updates
 
     @property
     def log_step(self) -> int:

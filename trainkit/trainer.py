@@ -30,7 +30,7 @@ from trainkit.hparams import merged_hparams
 from trainkit.loggers import Logger
 from trainkit.metrics import Metrics
 from trainkit.module import Module
-from trainkit.optim import LRSchedulerConfig, ManualOptimizer, Schedules, configure
+from trainkit.optim import LRSchedulerConfig, ManualOptimizer, Schedules, check_closures, configure
 from trainkit.precision import Precision, precision_of
 from trainkit.random import isolated_random
 from trainkit.signals import Interruption
@@ -132,6 +132,8 @@ class Trainer(Status):
         self.max_steps: int = check.count("max_steps", max_steps, least=-1, required=True)
         self.min_epochs: int | None = check.count("min_epochs", min_epochs, least=0)
         self.min_steps: int | None = check.count("min_steps", min_steps, least=0)
+        check.order("min_epochs", min_epochs, "max_epochs", max_epochs)
+        check.order("min_steps", min_steps, "max_steps", max_steps)
         self.max_time = parse_duration(max_time, argument="max_time") if max_time is not None else None
         self.limit_train_batches = check.limit("limit_train_batches", limit_train_batches)
         self.limit_val_batches = check.limit("limit_val_batches", limit_val_batches)
@@ -237,7 +239,8 @@ class Trainer(Status):
             CheckpointError: the checkpoint is missing, damaged or does not fit.
         """
         with self._running("fit", model, datamodule, train=train_dataloaders, val=val_dataloaders, ckpt_path=ckpt_path):
-            self.sources.load_train()
+            if "train" not in self.sources.loaders:  # estimated_stepping_batches may have asked for it
+                self.sources.load_train()
             self.sources.load_evaluation("val")
             self._restore_run()
             if not self.done and self.num_training_batches > 0:
@@ -443,6 +446,8 @@ class Trainer(Status):
         """Make optimizers and schedules, when the parameters are where they will be trained."""
         self.metrics.hook = "configure_optimizers"
         self.optimizers, self.lr_scheduler_configs = configure(self.module)
+        if self.module.automatic_optimization:
+            check_closures(self.optimizers)
         self.schedules = Schedules(self.lr_scheduler_configs, self)
         self.manual_optimizers = [ManualOptimizer(optimizer, self) for optimizer in self.optimizers]
         if self.gradient_clip_val is not None:

@@ -479,7 +479,7 @@ def test_a_metric_that_only_training_logs_for_the_epoch_is_explained() -> None:
 
 def test_without_validation_a_missing_metric_is_an_error_after_the_first_epoch() -> None:
     with pytest.raises(
-        MisconfigurationException, match=r"at the end of the epoch\. There is: train_loss\. Nothing logs it"
+        MisconfigurationException, match=r"at the end of the epoch\. There is: train_loss\. This run does not"
     ):
         fit(Scripted(), ModelCheckpoint(monitor="val"), max_epochs=3, limit_val_batches=0)
 

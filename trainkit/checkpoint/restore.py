@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from trainkit.checkpoint import store
-from trainkit.errors import CheckpointError
+from trainkit.errors import CheckpointError, warn
 from trainkit.hparams import AttributeDict, plain_hparams
 from trainkit.state import ByKey, resume_state
 
@@ -73,6 +73,7 @@ def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> Non
             f"{path} has only weights ({', '.join(missing)} missing): a run can't be resumed from it. "
             f"Start a new run from its weights: {type(trainer.module).__name__}.load_from_checkpoint({str(path)!r})."
         )
+    _check_optimizers(trainer.optimizers, checkpoint["optimizer_states"], path)
     ByKey(trainer.callbacks).load_state_dict(checkpoint["callbacks"])
     for key, part in parts.items():
         try:
@@ -81,6 +82,21 @@ def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> Non
             raise CheckpointError(f"{path} does not fit this run: {error}") from None
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path} does not fit this run: its {key}: {error}.") from error
+
+
+def _check_optimizers(optimizers: list[Optimizer], saved: list[dict[str, Any]], path: Path) -> None:
+    """Refuse an optimizer of another kind: torch would take its settings over, and fail in the first step."""
+    if len(optimizers) != len(saved):
+        return  # `Each` says so
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        own = {key for group in optimizer.param_groups for key in group}
+        there = {key for group in state["param_groups"] for key in group}
+        missing = sorted(own - there - {"initial_lr"})
+        if missing:
+            raise CheckpointError(
+                f"{path} does not fit this run: configure_optimizers returned {type(optimizer).__name__}, whose "
+                f"{', '.join(missing)} the checkpoint's optimizer does not have. Use the optimizer it was trained with."
+            )
 
 
 def load_weights(module: nn.Module, checkpoint: Mapping[str, Any], path: object, strict: bool) -> None:
@@ -184,7 +200,7 @@ def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str)
         if path is None and stage != "fit":
             raise CheckpointError("ckpt_path='last': there is no checkpoint yet. Train first, or name a file.")
         if path is None:
-            warnings.warn("ckpt_path='last': there is no checkpoint yet, the run starts from zero.", stacklevel=6)
+            warn("ckpt_path='last': there is no checkpoint yet, the run starts from zero.")
         return path
     if str(ckpt_path) == "best":
         best = getattr(trainer.checkpoint_callback, "best_model_path", "") or _best_of_newest_run(trainer)

@@ -10,7 +10,6 @@ import copy
 import itertools
 import math
 import signal
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from trainkit.data.order import EpochOrder
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, warn
 from trainkit.random import draw_seed
 
 
@@ -120,9 +119,8 @@ class Loader:
             batch, index = following, index + 1
         if index + 1 < limit and self.claimed != math.inf and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"{self.name} yielded {index + 1} batches although its length is {self.claimed}; the epoch ends there.",
-                stacklevel=2,
+            warn(
+                f"{self.name} yielded {index + 1} batches although its length is {self.claimed}; the epoch ends there."
             )
         yield index, batch, True
 
@@ -148,10 +146,9 @@ class Loader:
                 set_epoch(epoch)
         batches = iter(self.iterable)
         if start:
-            warnings.warn(
+            warn(
                 f"{self.name} can't be repositioned, so its first {start} batches are read and thrown away. They are "
-                "the ones that were trained on only if it gives the same order again.",
-                stacklevel=2,
+                "the ones that were trained on only if it gives the same order again."
             )
             next(itertools.islice(batches, start - 1, start), None)
         return batches

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from trainkit.data.loader import Loader
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
 
 if TYPE_CHECKING:
@@ -69,10 +68,9 @@ class Sources:
         self.val_every = self._validation_interval(loader.num_batches)
         updates = loader.num_batches / trainer.accumulate_grad_batches
         if trainer.loggers and trainer.log_every_n_steps > updates > 0:
-            warnings.warn(
+            warn(
                 f"log_every_n_steps={trainer.log_every_n_steps} is more than the {math.ceil(updates)} updates of an "
-                "epoch; a smaller one logs training metrics in every epoch.",
-                stacklevel=5,
+                "epoch; a smaller one logs training metrics in every epoch."
             )
 
     def _validation_interval(self, batches: int | float) -> int | None:
@@ -102,9 +100,7 @@ class Sources:
         optional = trainer.stage == "fit"
         if optional and (limit == 0 or not is_overridden(trainer.module, STEP[kind])):
             if limit != 0 and self.given.get(kind) is not None:
-                warnings.warn(
-                    f"there are validation loaders but no {STEP[kind]}: validation is left out.", stacklevel=4
-                )
+                warn(f"there are validation loaders but no {STEP[kind]}: validation is left out.")
             return
         source = self._object(kind)
         sources = list(source.values()) if isinstance(source, Mapping) else source

@@ -54,7 +54,7 @@ class LearningRateMonitor(Callback):
         self._logged_step = -1
 
     def on_train_start(self, trainer: Trainer, module: Module) -> None:
-        if not trainer.loggers:
+        if not trainer.loggers and not trainer.fast_dev_run:  # which has taken them away
             raise MisconfigurationException(
                 "LearningRateMonitor needs a logger, and this Trainer has none. "
                 "Leave out logger=False or take LearningRateMonitor out of the callbacks."

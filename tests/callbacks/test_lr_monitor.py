@@ -179,3 +179,12 @@ def test_a_trainer_without_a_logger_is_an_error_before_the_first_step() -> None:
 def test_an_unknown_logging_interval_is_an_error_at_construction() -> None:
     with pytest.raises(MisconfigurationException, match="logging_interval"):
         LearningRateMonitor("batch")
+
+
+def test_fast_dev_run_which_has_no_logger_is_no_error(TinyModule: Any, TinyData: Any) -> None:
+    monitor = LearningRateMonitor()
+    trainer = Trainer(
+        accelerator="cpu", fast_dev_run=True, callbacks=monitor, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.fit(TinyModule(), datamodule=TinyData())
+    assert trainer.global_step == 1

@@ -62,7 +62,7 @@ def copy_checkout() -> Callable[[Path], Path]:
     """Copy what a clone would hold, links as links, to a folder that does not exist yet, and return the folder."""
 
     def ignored(folder: str, names: list[str]) -> set[str]:
-        waste = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "trainkit_logs")(
+        waste = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "lightning_logs")(
             folder, names
         )
         if Path(folder) == CHECKOUT:

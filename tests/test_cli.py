@@ -1005,7 +1005,7 @@ def test_a_signal_ends_in_its_exit_code_and_the_command_to_go_on(
     words = ("--model.sleep=0.02", f"--trainer.enable_progress_bar={bar}", "--trainer.enable_model_summary=false")
     child = process("fit", "--config=run.yaml", *words, cwd=tmp_path, checkout=checkout)
     assert child.stdout is not None
-    checkpoints = tmp_path / "trainkit_logs" / "version_0" / "checkpoints"
+    checkpoints = tmp_path / "lightning_logs" / "version_0" / "checkpoints"
     for _ in range(1000):
         if checkpoints.exists() and any(checkpoints.glob("*.ckpt")):
             break

@@ -164,13 +164,13 @@ def test_a_file_in_the_way_is_named_with_what_to_change(file_logger: type[FileLo
     with pytest.raises(MisconfigurationException) as caught:
         file_logger("runs").check_writable()
     message = str(caught.value)
-    assert "runs/trainkit_logs/version_0 cannot be written: runs is not a directory" in message
+    assert "runs/lightning_logs/version_0 cannot be written: runs is not a directory" in message
     assert f"default_root_dir= of the Trainer or save_dir= of the {file_logger.__name__}" in message
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a directory in which even root can make nothing")
 def test_a_place_where_nothing_can_be_made_is_named_with_the_reason(file_logger: type[FileLogger]) -> None:
-    with pytest.raises(MisconfigurationException, match=r"/proc/runs/trainkit_logs/version_0 cannot be written: \w+"):
+    with pytest.raises(MisconfigurationException, match=r"/proc/runs/lightning_logs/version_0 cannot be written: \w+"):
         file_logger("/proc/runs").check_writable()
 
 

@@ -199,7 +199,7 @@ from trainkit.loggers import CSVLogger
 begin = int(sys.argv[1])
 logger = CSVLogger("logs", flush_logs_every_n_steps=7)
 if begin:
-    logger.continue_run(Path("logs/trainkit_logs/version_0"), begin)
+    logger.continue_run(Path("logs/lightning_logs/version_0"), begin)
 for step in itertools.count(begin):
     logger.log_metrics({f"loss_{step // 400}": step / 7}, step)
     if step % 50 == 49:
@@ -222,10 +222,10 @@ def test_a_run_killed_again_and_again_has_each_row_once(tmp_path: Path, checkout
         process.communicate()
 
     logger = CSVLogger("logs")
-    logger.continue_run(Path("logs/trainkit_logs/version_0"), begin)
+    logger.continue_run(Path("logs/lightning_logs/version_0"), begin)
     logger.log_metrics({"last": 0.0}, begin)
     logger.finalize("success")
     rows = read(logger)
     assert rows.pop() == {"step": begin, "last": 0.0}
     assert rows == [{"step": step, f"loss_{step // 400}": step / 7} for step in range(begin)]
-    assert os.listdir("logs/trainkit_logs") == ["version_0"]
+    assert os.listdir("logs/lightning_logs") == ["version_0"]

@@ -249,12 +249,12 @@ def test_a_killed_run_loses_no_point_before_its_checkpoint(tmp_path: Path, check
     saved = [int(process.stdout.readline()) for _ in range(4)][-1]
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    (name,) = event_files("logs/trainkit_logs/version_0")
-    with open(Path("logs/trainkit_logs/version_0", name), "ab") as file:
+    (name,) = event_files("logs/lightning_logs/version_0")
+    with open(Path("logs/lightning_logs/version_0", name), "ab") as file:
         file.write(b"\x20\x00\x00\x00\x00\x00\x00\x00torn")  # the kill may have hit the middle of a write
 
     logger = TensorBoardLogger("logs")
-    logger.continue_run(Path("logs/trainkit_logs/version_0"), saved + 1)
+    logger.continue_run(Path("logs/lightning_logs/version_0"), saved + 1)
     for step in range(saved + 1, saved + 10):
         logger.log_metrics({"loss": step / 8}, step)
     logger.finalize("success")

@@ -146,7 +146,7 @@ class FileLogger(Logger):
     def __init__(
         self,
         save_dir: str | os.PathLike[str],
-        name: str | None = "trainkit_logs",
+        name: str | None = "lightning_logs",
         version: int | str | None = None,
         prefix: str = "",
     ) -> None:

@@ -37,7 +37,7 @@ class CSVLogger(FileLogger):
     def __init__(
         self,
         save_dir: str | os.PathLike[str],
-        name: str | None = "trainkit_logs",
+        name: str | None = "lightning_logs",
         version: int | str | None = None,
         prefix: str = "",
         flush_logs_every_n_steps: int = 100,

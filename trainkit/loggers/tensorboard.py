@@ -50,7 +50,7 @@ class TensorBoardLogger(FileLogger):
     def __init__(
         self,
         save_dir: str | os.PathLike[str],
-        name: str | None = "trainkit_logs",
+        name: str | None = "lightning_logs",
         version: int | str | None = None,
         log_graph: bool = False,
         default_hp_metric: bool = True,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from os import PathLike
+from typing import IO, TYPE_CHECKING, Any, Self
 
-from trainkit.hparams import HyperParameters
+from trainkit.hparams import HyperParameters, class_only
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,33 @@ class DataModule(HyperParameters):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
+
+    @class_only
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | PathLike[str] | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | PathLike[str] | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Make the data module again from a checkpoint: its saved hyperparameters, then its state.
+
+        Args:
+            checkpoint_path: the file, trainkit's or Lightning's, or an open one.
+            map_location: kept for Lightning's signature; tensors are read to the cpu.
+            hparams_file: a YAML or CSV file with hyperparameters, in place of the checkpoint's.
+            weights_only: kept for Lightning's signature; nothing in a file is ever executed.
+            kwargs: arguments of `__init__` that override the saved ones.
+
+        Raises:
+            CheckpointError: no such file, or not a checkpoint.
+            TypeError: `__init__` needs an argument that was not saved and not given; or it was called on an object.
+        """
+        from trainkit.checkpoint.rebuild import rebuild_datamodule
+
+        rebuilt: Self = rebuild_datamodule(cls, checkpoint_path, hparams_file, kwargs)
+        return rebuilt
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "trainer"}  # a copy is not in the run

@@ -28,7 +28,7 @@ BARE = {**QUIET, "logger": False, "enable_checkpointing": False}
 
 
 def rows() -> torch.utils.data.TensorDataset:
-    return torch.utils.data.TensorDataset(torch.randn(8, 4), torch.randn(8, 1))
+    return torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randn(8, 1))
 
 
 # ---------------------------------------------------------------- the whole of it

@@ -32,7 +32,8 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     module, datamodule, progress = trainer.module, trainer.datamodule, trainer.progress
     between_epochs = progress.batch == 0 and progress.epoch > 0
     checkpoint: dict[str, Any] = {
-        "epoch": progress.epoch - between_epochs,  # the epoch that the last finished batch belongs to
+        # while fit runs the epoch that the last finished batch belongs to, afterwards how many there were
+        "epoch": progress.epoch - between_epochs if trainer.fitting else trainer.current_epoch,
         "global_step": progress.step,
         "trainkit_version": __version__,
         "state_dict": module.state_dict(),

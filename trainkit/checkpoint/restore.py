@@ -62,6 +62,8 @@ def restore_weights(trainer: Trainer, checkpoint: dict[str, Any], path: Path) ->
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
     for callback in trainer.callbacks:
         callback.on_load_checkpoint(trainer, module, checkpoint)
+    if trainer.stage == "fit" and "callbacks" in checkpoint:
+        ByKey(trainer.callbacks).load_state_dict(checkpoint["callbacks"])
 
 
 def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
@@ -74,7 +76,6 @@ def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> Non
             f"Start a new run from its weights: {type(trainer.module).__name__}.load_from_checkpoint({str(path)!r})."
         )
     _check_optimizers(trainer.optimizers, checkpoint["optimizer_states"], path)
-    ByKey(trainer.callbacks).load_state_dict(checkpoint["callbacks"])
     for key, part in parts.items():
         try:
             part.load_state_dict(checkpoint[key])

@@ -10,6 +10,8 @@ from trainkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from trainkit.callbacks.finetuning import BackboneFinetuning as BackboneFinetuning
 from trainkit.callbacks.finetuning import BaseFinetuning as BaseFinetuning
 from trainkit.callbacks.gradient_accumulation_scheduler import (
+    GradientAccumulationScheduler as GradientAccumulationScheduler,
+)
 from trainkit.callbacks.lambda_function import LambdaCallback as LambdaCallback
 from trainkit.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
 from trainkit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint as OnExceptionCheckpoint

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils.hooks import RemovableHandle
 
 from trainkit import Callback, Module
 from trainkit.errors import MisconfigurationException, nearest
@@ -106,6 +105,7 @@ class ModelPruning(Callback):
         self._resample_parameters = resample_parameters
         self._verbose = verbose
         self._prune_on_train_epoch_end = prune_on_train_epoch_end
+        self._number = 0
         self._begin_run()
 
     def _begin_run(self) -> None:
@@ -114,11 +114,10 @@ class ModelPruning(Callback):
         self._first: list[Tensor] = []  # the parameters before training, in that order
         self._fresh: dict[int, nn.Module] = {}  # modules to draw new first values in, by the id of the pruned one
         self._loaded: dict[str, Any] | None = None
-        self._hook: RemovableHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy or a pickle is not part of the run, but it knows as much as a checkpoint does
-        run = {"_module": None, "_parameters_to_prune": (), "_first": [], "_fresh": {}, "_hook": None}
+        run: dict[str, Any] = {"_module": None, "_parameters_to_prune": (), "_first": [], "_fresh": {}}
         return {**self.__dict__, **run, "_loaded": self.state_dict()}
 
     # ---- which parameters
@@ -158,7 +157,15 @@ class ModelPruning(Callback):
         return parameters_to_prune
 
     # ---- hooks
+    @property
+    def state_key(self) -> str:
+        """The class's name; a Trainer may have several of them."""
+        return type(self).__qualname__ + (f"-{self._number}" if self._number else "")
+
     def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+        if trainer.checkpoint is not None and not any(name.endswith("_mask") for name, _ in module.named_buffers()):
+            weights = trainer.checkpoint["state_dict"]  # those of a pruned module have other names
+            trainer.checkpoint["state_dict"] = unpruned(weights) if stage == "fit" else permanent(weights)
         if stage != "fit":
             return
         self._begin_run()
@@ -169,8 +176,7 @@ class ModelPruning(Callback):
             self._first = [getattr(part, name).detach().clone() for part, name in self._parameters_to_prune]
             if self._resample_parameters:
                 self._fresh = {id(part): copy.deepcopy(part) for part, _ in self._parameters_to_prune}
-        if not self._make_pruning_permanent:
-            self._hook = module.register_load_state_dict_pre_hook(self._without_masks)
+        self._number = [other for other in trainer.callbacks if type(other) is type(self)].index(self)
 
     def on_fit_start(self, trainer: Trainer, module: Module) -> None:
         if self._loaded is not None:  # the optimizers have the parameters in the order of before any was pruned
@@ -189,11 +195,6 @@ class ModelPruning(Callback):
         if self._make_pruning_permanent:
             self._loaded = self.state_dict()  # so that a checkpoint of the trained module can be trained on
             self.make_pruning_permanent(module)
-
-    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
     def on_save_checkpoint(self, trainer: Trainer, module: Module, checkpoint: dict[str, Any]) -> None:
         """Put the zeros into the weights, if that is wanted."""
@@ -273,7 +274,7 @@ class ModelPruning(Callback):
             return self._loaded
         state: dict[str, dict[str, Tensor]] = {"masks": {}, "hidden": {}, "first": {}}
         if self._module is None:
-            return state
+            return {}
         names = self._names()
         for full, (part, name) in zip(names, self._parameters_to_prune, strict=True):
             if f"{name}_mask" in part._buffers:
@@ -303,14 +304,15 @@ class ModelPruning(Callback):
                 parameter[~kept] = state["hidden"][full].to(parameter)
                 prune.custom_from_mask(part, name, kept.to(parameter.dtype))  # type: ignore[no-untyped-call]
 
-    def _without_masks(self, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        """Give what a pruned module saved the names of a module that is not pruned yet."""
-        if any(name.endswith("_mask") for name, _ in module.named_buffers()):
-            return
-        for mask in _masks(state_dict):
-            del state_dict[mask]
-            name = mask.removesuffix("_mask")
-            state_dict[name] = state_dict.pop(f"{name}_orig")
+
+def unpruned(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a pruned module's state as that of a module without masks, with what lies under them."""
+    state = copy.copy(state_dict)
+    for mask in _masks(state):
+        name = mask.removesuffix("_mask")
+        del state[mask]
+        state[name] = state.pop(f"{name}_orig")
+    return state
 
 
 def permanent(state_dict: dict[str, Any]) -> dict[str, Any]:

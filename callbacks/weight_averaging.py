@@ -24,7 +24,8 @@ class WeightAveraging(Callback):
     """Keep an average of the weights, validate with it, and leave it in the module when training ends.
 
     By default that is the mean of the weights after every update (Izmailov et al., Averaging Weights Leads to Wider
-    Optima and Better Generalization, UAI 2018). Override `should_update` to average less often.
+    Optima and Better Generalization, UAI 2018). Override `should_update` to average less often. Until the first weights
+    are taken there is no average, and the module is used as it is.
 
     A checkpoint has the average in `state_dict`, where everything that only reads weights finds it, the weights that
     are being trained in `current_model_state`, and how many were averaged in `averaging_state`. A run resumed from it
@@ -88,8 +89,8 @@ class WeightAveraging(Callback):
 
     # ---- a run begins
     def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
-        if stage != "fit" and module is self._module:  # what fit left behind can still be saved
-            return
+        if stage != "fit" and module is self._module and not trainer.ckpt_path:
+            return  # what fit left behind can still be saved
         self._end_run()
         if stage == "fit":
             self._module = module
@@ -97,9 +98,7 @@ class WeightAveraging(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, module: Module, checkpoint: dict[str, Any]) -> None:
         """Give the module the weights that were being trained; it has been given the average."""
-        if trainer.stage != "fit":
-            self._end_run()  # the module has other weights than what fit left behind
-        elif "current_model_state" in checkpoint and "averaging_state" in checkpoint:
+        if "current_model_state" in checkpoint and "averaging_state" in checkpoint:
             self._restored = {name: checkpoint[name] for name in ("state_dict", "averaging_state")}
             module.load_state_dict(checkpoint["current_model_state"], strict=module.strict_loading)
         else:
@@ -172,27 +171,33 @@ class WeightAveraging(Callback):
     # ---- using it
     def on_validation_epoch_start(self, trainer: Trainer, module: Module) -> None:
         if trainer.stage == "fit":
-            self._swap()
+            self._swap_models(module)
 
     def on_validation_epoch_end(self, trainer: Trainer, module: Module) -> None:
         if self._swapped:
-            self._swap()
+            self._swap_models(module)
 
     def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
         if self._swapped:
-            self._swap()
+            self._swap_models(module)
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        """Exchange the module's weights and their average."""
+    def _swap_models(self, module: Module) -> None:
+        """Exchange the module's weights and their average; there is none before the first update."""
+        if self._updates == 0:
+            return
         for kept, current in chain(self._pairs, self._copied):
             before = kept.clone()
             kept.copy_(current)
             current.copy_(before)
         self._swapped = not self._swapped
 
-    @torch.no_grad()
     def on_train_end(self, trainer: Trainer, module: Module) -> None:
+        if self._updates:
+            self._copy_average_to_current(module)
+
+    @torch.no_grad()
+    def _copy_average_to_current(self, module: Module) -> None:
         self._trained = {
             name: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
             for name, value in module.state_dict().items()
@@ -218,7 +223,9 @@ class WeightAveraging(Callback):
         if average is None or module is not self._module:
             return
         kept, current = average.module.state_dict(), checkpoint["state_dict"]
-        if self._trained is not None:
+        if self._updates == 0:
+            kept = current
+        elif self._trained is not None:
             kept, current = current, self._trained
         elif self._swapped:
             kept, current = current, kept
@@ -273,11 +280,14 @@ class EMAWeightAveraging(WeightAveraging):
         self.update_starting_at_epoch = update_starting_at_epoch
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        if step_idx is not None:
-            begun = step_idx >= (self.update_starting_at_step or 0)
-            return begun and self.update_every_n_steps > 0 and step_idx % self.update_every_n_steps == 0
-        first = self.update_starting_at_epoch
-        return epoch_idx is not None and first is not None and epoch_idx >= first
+        every, first_step, first_epoch = (
+            self.update_every_n_steps,
+            self.update_starting_at_step or 0,
+            self.update_starting_at_epoch,
+        )
+        if step_idx is not None and step_idx >= first_step and every > 0 and step_idx % every == 0:
+            return True
+        return epoch_idx is not None and first_epoch is not None and epoch_idx >= first_epoch
 
 
 # The functions below round as torch's get_swa_avg_fn and get_ema_avg_fn do, element by element, in few kernels.

@@ -113,13 +113,14 @@ def _groups(trainer: Trainer) -> Iterator[tuple[str, str | None, dict[str, Any]]
             kind = type(optimizer)
             name = f"lr-{kind.__name__}" + (f"-{seen[kind]}" if seen[kind] else "")
             seen[kind] += 1
-        names = [group.get("name") for group in optimizer.param_groups]
-        twice = [str(given) for given, count in Counter(names).items() if given is not None and count > 1]
+        groups = optimizer.param_groups
+        names = [str(group.get("name") or f"pg{number}") for number, group in enumerate(groups, 1)]
+        twice = [given for given, count in Counter(names).items() if count > 1]
         if twice:
             raise MisconfigurationException(
                 f"LearningRateMonitor can't tell the parameter groups of {type(optimizer).__name__} apart: "
                 f"several have the name {', '.join(map(repr, twice))}."
             )
-        for index, group in enumerate(optimizer.param_groups):
-            suffix = f"/pg{index + 1}" if len(names) > 1 else ""
-            yield name + (f"/{names[index]}" if names[index] else suffix), interval, group
+        for group, group_name in zip(groups, names, strict=True):
+            numbered = len(groups) > 1 or group.get("name")
+            yield f"{name}/{group_name}" if numbered else name, interval, group

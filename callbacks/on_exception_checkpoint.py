@@ -32,26 +32,29 @@ class OnExceptionCheckpoint(Checkpoint):
             raise ValueError("OnExceptionCheckpoint(filename=...) must not be empty.")
         self.dirpath = dirpath
         self.filename = filename
-        self._training = False
+        self._saving = False
 
     @property
     def ckpt_path(self) -> str:
         """The file."""
         return os.path.join(self.dirpath, self.filename + self.FILE_EXTENSION)
 
+    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+        self._saving = False
+
     def on_train_start(self, trainer: Trainer, module: Module) -> None:
-        self._training = not trainer.fast_dev_run  # before this there is nothing that an older file has not
+        self._saving = not trainer.fast_dev_run  # before this there is nothing that an older file has not
 
     def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
-        if not self._training:
+        if not self._saving:
             return
-        self._training = False
+        self._saving = False
         try:
             trainer.save_checkpoint(self.ckpt_path)
         except Exception as error:
             exception.add_note(f"OnExceptionCheckpoint: nothing was saved: {error}")
 
     def on_fit_end(self, trainer: Trainer, module: Module) -> None:
-        if self._training and trainer.is_global_zero and os.path.exists(self.ckpt_path):
+        if self._saving and trainer.is_global_zero and os.path.exists(self.ckpt_path):
             os.remove(self.ckpt_path)
-        self._training = False
+        self._saving = False

@@ -267,12 +267,11 @@ def test_its_state_makes_the_round_trip_as_plain_data(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
-def test_a_copy_does_the_same_before_and_after_a_fit(name: str, copied: Callable[[Callback], Callback]) -> None:
+def test_a_copy_does_the_same_before_and_after_a_fit(name: str) -> None:
     callback = CASES[name].make()
-    early = copied(callback)
+    early = pickle.loads(pickle.dumps(callback))
     first, _ = fit(callback)
-    late = copied(callback)
+    late = pickle.loads(pickle.dumps(copy.deepcopy(callback)))
     assert same(CASES[name].states(late.state_dict()), CASES[name].states(callback.state_dict()))
     for copy_of_it in (early, late):
         again, _ = fit(copy_of_it)

@@ -216,7 +216,7 @@ class ModelPruning(Callback):
         if self._use_global_unstructured:
             takes = inspect.signature(self.pruning_fn).parameters
             settings = {"amount": amount} if "amount" in takes else {}
-            prune.global_unstructured(self._parameters_to_prune, pruning_method=self.pruning_fn, **settings)  # type: ignore[no-untyped-call]
+            prune.global_unstructured(self._parameters_to_prune, pruning_method=self.pruning_fn, **settings)
         else:
             for part, name in self._parameters_to_prune:
                 self.pruning_fn(part, name=name, amount=amount)
@@ -242,7 +242,7 @@ class ModelPruning(Callback):
         for part in module.modules():
             for key, hook in list(part._forward_pre_hooks.items()):
                 if isinstance(hook, prune.BasePruningMethod):
-                    hook.remove(part)  # type: ignore[no-untyped-call]
+                    hook.remove(part)
                     del part._forward_pre_hooks[key]
 
     # ---- telling

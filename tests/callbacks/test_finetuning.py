@@ -68,7 +68,9 @@ def fit(*callbacks: Callback, module: Module | None = None, ckpt_path: str | Non
     x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
     loader = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 4)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(callbacks=list(callbacks), **{**quiet, "enable_checkpointing": False, "max_epochs": 4, **settings})
+    trainer = Trainer(
+        callbacks=list(callbacks), **{**quiet, "enable_checkpointing": False, "max_epochs": 4, **settings}
+    )
     trainer.fit(module or Net(), loader, ckpt_path=ckpt_path)
     return trainer
 
@@ -209,7 +211,10 @@ def test_evaluation_freezes_nothing() -> None:
     [
         ({"unfreeze_backbone_at_epoch": 1}, [None, 0.01, 0.02, 0.04]),
         ({"unfreeze_backbone_at_epoch": 0, "backbone_initial_ratio_lr": 0.5}, [0.05, 0.1, 0.1, 0.1]),
-        ({"unfreeze_backbone_at_epoch": 1, "backbone_initial_lr": 0.06, "should_align": False}, [None, 0.06, 0.12, 0.24]),
+        (
+            {"unfreeze_backbone_at_epoch": 1, "backbone_initial_lr": 0.06, "should_align": False},
+            [None, 0.06, 0.12, 0.24],
+        ),
         ({"unfreeze_backbone_at_epoch": 1, "lambda_func": lambda epoch: epoch}, [None, 0.01, 0.03, 0.1]),
         ({"unfreeze_backbone_at_epoch": 9}, [None, None, None, None]),
         ({}, [None, None, None, None]),

@@ -69,7 +69,9 @@ def data() -> Any:
 
 def fit(*callbacks: Callback, module: Net | None = None, ckpt_path: str | None = None, **settings: Any) -> Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(callbacks=list(callbacks), **{**quiet, "enable_checkpointing": False, "max_epochs": 5, **settings})
+    trainer = Trainer(
+        callbacks=list(callbacks), **{**quiet, "enable_checkpointing": False, "max_epochs": 5, **settings}
+    )
     trainer.fit(module or Net(), data(), ckpt_path=ckpt_path)
     return trainer
 

@@ -284,7 +284,7 @@ def find_last(trainer: Trainer) -> Path | None:
 
 
 def _rescued(trainer: Trainer) -> list[Path]:
-    """Return the files of callbacks that have one file of a known name, such as OnExceptionCheckpoint, if they exist."""
+    """Return what exists of callbacks with one file of a known name, such as OnExceptionCheckpoint."""
     named = [getattr(callback, "ckpt_path", None) for callback in trainer.checkpoint_callbacks]
     return [Path(path) for path in named if path and os.path.exists(path)]
 

@@ -193,9 +193,10 @@ class StochasticWeightAveraging(Callback):
     @torch.no_grad()
     def update_parameters(average_model: nn.Module, model: nn.Module, n_averaged: Tensor, avg_fn: AvgFn) -> None:
         """Take a model's parameters into the average of `n_averaged` earlier ones, and count them."""
+        first = not n_averaged
         for average, current in zip(average_model.parameters(), model.parameters(), strict=True):
             value = current.to(average.device)
-            average.copy_(value if n_averaged == 0 else avg_fn(average, value, n_averaged.to(average.device)))
+            average.copy_(value if first else avg_fn(average, value, n_averaged.to(average.device)))
         n_averaged += 1
 
     @staticmethod

@@ -204,6 +204,11 @@ CASES = {
     "WeightAveraging": Case(C.WeightAveraging, Never),
 }
 NO_CALLBACKS = {"RichProgressBarTheme"}  # exported beside the callbacks that take them
+COMING = {
+    "BasePredictionWriter", "BatchSizeFinder", "DeviceStatsMonitor", "LearningRateFinder", "RichModelSummary",
+    "SpikeDetection", "TQDMProgressBar", "ThroughputMonitor",
+}  # fmt: skip
+"""What is in the table before it is exported."""
 NAMES = sorted(CASES.keys() & set(C.__all__))
 
 
@@ -240,7 +245,9 @@ def same(one: Any, other: Any) -> bool:
 
 # ---------------------------------------------------------------------- what holds for all
 def test_every_exported_callback_is_in_the_table() -> None:
-    assert set(C.__all__) - CASES.keys() == NO_CALLBACKS & set(C.__all__)
+    exported = set(C.__all__) - NO_CALLBACKS
+    assert exported - CASES.keys() == set()
+    assert CASES.keys() - exported <= COMING
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,12 +8,14 @@ from trainkit.callbacks.checkpoint import ModelCheckpoint as ModelCheckpoint
 from trainkit.callbacks.console import RichProgressBarTheme as RichProgressBarTheme
 from trainkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from trainkit.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
+from trainkit.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
 from trainkit.callbacks.progress import ProgressBar as ProgressBar
 from trainkit.callbacks.progress import RichProgressBar as RichProgressBar
 from trainkit.callbacks.summary import ModelSummary as ModelSummary
 from trainkit.callbacks.timer import Timer as Timer
 
 __all__ = [
+    "BasePredictionWriter",
     "Callback",
     "Checkpoint",
     "EarlyStopping",

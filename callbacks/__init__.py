@@ -9,10 +9,11 @@ from trainkit.callbacks.console import RichProgressBarTheme as RichProgressBarTh
 from trainkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from trainkit.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
 from trainkit.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
-from trainkit.callbacks.progress import ProgressBar as ProgressBar
 from trainkit.callbacks.progress import RichProgressBar as RichProgressBar
+from trainkit.callbacks.progress_bar import ProgressBar as ProgressBar
 from trainkit.callbacks.summary import ModelSummary as ModelSummary
 from trainkit.callbacks.timer import Timer as Timer
+from trainkit.callbacks.tqdm_progress import TQDMProgressBar as TQDMProgressBar
 
 __all__ = [
     "BasePredictionWriter",
@@ -25,5 +26,6 @@ __all__ = [
     "ProgressBar",
     "RichProgressBar",
     "RichProgressBarTheme",
+    "TQDMProgressBar",
     "Timer",
 ]

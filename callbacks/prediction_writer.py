@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainkit import Callback
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trainkit import Module, Trainer
 
 
-class WriteInterval(str, Enum):
+class WriteInterval(StrEnum):
     """When predictions are written."""
 
     BATCH = "batch"

@@ -154,11 +154,11 @@ def test_the_interval_says_which_method_is_called_and_what_is_returned() -> None
 
 def test_writing_batches_keeps_none_of_them() -> None:
     class Counting(Writer):
-        alive: list[weakref.ref[Tensor]] = []
+        alive: tuple[weakref.ref[Tensor], ...] = ()
         most = 0
 
         def write_on_batch_end(self, trainer: Any, pl_module: Any, prediction: Tensor, *rest: Any) -> None:
-            self.alive = [ref for ref in self.alive if ref() is not None] + [weakref.ref(prediction)]
+            self.alive = (*(ref for ref in self.alive if ref() is not None), weakref.ref(prediction))
             self.most = max(self.most, len(self.alive))
 
     writer = Counting("batch")

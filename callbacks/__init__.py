@@ -12,6 +12,7 @@ from trainkit.callbacks.prediction_writer import BasePredictionWriter as BasePre
 from trainkit.callbacks.progress import RichProgressBar as RichProgressBar
 from trainkit.callbacks.progress_bar import ProgressBar as ProgressBar
 from trainkit.callbacks.summary import ModelSummary as ModelSummary
+from trainkit.callbacks.summary import RichModelSummary as RichModelSummary
 from trainkit.callbacks.timer import Timer as Timer
 from trainkit.callbacks.tqdm_progress import TQDMProgressBar as TQDMProgressBar
 
@@ -24,6 +25,7 @@ __all__ = [
     "ModelCheckpoint",
     "ModelSummary",
     "ProgressBar",
+    "RichModelSummary",
     "RichProgressBar",
     "RichProgressBarTheme",
     "TQDMProgressBar",

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainkit.callbacks.summary import summarize
 from trainkit.callbacks.timer import Timer
 from trainkit.checkpoint.store import step_of
 from trainkit.errors import CheckpointError
 from trainkit.metrics import numbers
+from trainkit.summary import count
 
 if TYPE_CHECKING:
     from trainkit import Module, Trainer
@@ -52,7 +52,7 @@ def facts(trainer: Trainer, module: Module) -> Facts:
     return Facts(
         run_directory=short_path(trainer.log_dir or trainer.default_root_dir),
         model=type(module).__name__,
-        parameters=summarize(module, max_depth=0).total_parameters,
+        parameters=count(module),
         data=data,
         device=device,
         precision=trainer.precision_name,

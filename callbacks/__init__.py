@@ -13,6 +13,7 @@ from trainkit.callbacks.progress import RichProgressBar as RichProgressBar
 from trainkit.callbacks.progress_bar import ProgressBar as ProgressBar
 from trainkit.callbacks.summary import ModelSummary as ModelSummary
 from trainkit.callbacks.summary import RichModelSummary as RichModelSummary
+from trainkit.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
 from trainkit.callbacks.timer import Timer as Timer
 from trainkit.callbacks.tqdm_progress import TQDMProgressBar as TQDMProgressBar
 
@@ -29,5 +30,6 @@ __all__ = [
     "RichProgressBar",
     "RichProgressBarTheme",
     "TQDMProgressBar",
+    "ThroughputMonitor",
     "Timer",
 ]

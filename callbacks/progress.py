@@ -121,16 +121,13 @@ class RichProgressBar(ProgressBar):
             run.waiting = [] if stage == "fit" else None
             self._due = run.began + run.display.first_frame
 
-    def on_sanity_check_start(self, trainer: Trainer, module: Module) -> None:
-        self._show_header(trainer, module)
-
     def on_train_start(self, trainer: Trainer, module: Module) -> None:
         self._show_header(trainer, module)
         if self._run is not None:
             self._run.pace, self._run.rows = Pace(trainer.progress.total_batch), Rows(trainer)
 
     def _show_header(self, trainer: Trainer, module: Module) -> None:
-        """Show the header as soon as the data is there, and then what was printed before."""
+        """Show the header now that the training data is there, and then what was printed before."""
         run = self._run
         if run is not None and run.waiting is not None:
             found = facts(trainer, module)

@@ -305,9 +305,7 @@ def ending(trainer: Trainer, best: Best | None, elapsed: float, exception: BaseE
         if newest:
             word = "checkpoint saved" if _step_of(newest) == trainer.global_step else "newest checkpoint"
             saved = f", {word}: {short_path(newest)}"
-        what = f"failed with {type(exception).__name__}"
-        if trainer.interrupted or isinstance(exception, KeyboardInterrupt):
-            what = "interrupted"
+        what = f"failed with {type(exception).__name__}" if isinstance(exception, Exception) else "interrupted"
         sentence = f"{what} after step {trainer.global_step}{saved}"
     return Ending(
         epochs=f"{finished} of {planned}" if planned and planned != finished else str(finished),

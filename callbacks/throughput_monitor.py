@@ -56,7 +56,7 @@ class ThroughputMonitor(Callback):
 
     def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
         """Find out what the device could do."""
-        self.available_flops = get_available_flops(trainer.device, compute_dtype(trainer.precision_name))
+        self.available_flops = get_available_flops(trainer.device, compute_dtype(trainer.precision))
         if not hasattr(module, "flops_per_batch") and trainer.is_global_zero:
             warn(
                 f"ThroughputMonitor: {type(module).__name__} has no flops_per_batch, so FLOPs and MFU are left out. "

@@ -17,7 +17,7 @@ def _peaks(
     fp64: float | None, fp32: float, tf32: float | None, bf16: float | None, fp16: float, int8: float | None
 ) -> dict[torch.dtype | str, float]:
     """Return a device's peaks by dtype, from tera-operations a second."""
-    given = {torch.float64: fp64, torch.float32: fp32, "tf32": tf32}
+    given: dict[torch.dtype | str, float | None] = {torch.float64: fp64, torch.float32: fp32, "tf32": tf32}
     given |= {torch.bfloat16: bf16, torch.float16: fp16, torch.int8: int8}
     return {dtype: peak * 1e12 for dtype, peak in given.items() if peak is not None}
 

@@ -268,7 +268,7 @@ def call_with_example(model: nn.Module) -> Any:
             return model(**example)
         return model(*example) if isinstance(example, (list, tuple)) else model(example)
 
-    run = call if trainer is None else trainer.precision.wrap(call)
+    run = call if trainer is None else trainer.precision_plugin.wrap(call)
     return run(map_tensors(lambda value: value.to(device), model.example_input_array))
 
 

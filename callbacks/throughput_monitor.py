@@ -73,8 +73,15 @@ class ThroughputMonitor(Callback):
             world_size=trainer.world_size,
             **{**self.kwargs, "window_size": max(window, 2)},
         )
-        before = self._meters.get(stage) if trainer.stage != "fit" else None  # a second test goes on counting
-        meter = self._meters[stage] = before or _Meter(hasattr(module, "flops_per_batch"))
+        before, fitting = self._meters.get(stage), trainer.stage == "fit"
+        meter = before if before is not None and not fitting else _Meter(hasattr(module, "flops_per_batch"))
+        self._meters[stage] = meter  # a second test goes on counting
+        if before is not None and stage == "validate":
+            if not fitting and before.epoch is not None:
+                meter.offset = -before.batches  # evaluations alone have x values of their own
+            elif fitting and before.epoch == trainer.current_epoch:  # several validations of one epoch share theirs
+                meter.offset = before.offset + before.batches
+        meter.epoch = trainer.current_epoch if fitting else None
         meter.throughput, meter.began, meter.measured = throughput, now(trainer.device), 0
         meter.first, meter.step = meter.batches + 1, trainer.global_step
 
@@ -132,7 +139,7 @@ class ThroughputMonitor(Callback):
         meter, every = self._meters[stage], trainer.log_every_n_steps
         self._count(trainer, module, meter, batch)
         if every and (meter.batches - meter.first + 1) % every == 0:
-            self._log(trainer, stage, meter.batches)
+            self._log(trainer, stage, meter.offset + meter.batches)
 
     # ---- measuring
     def _count(self, trainer: Trainer, module: Module, meter: _Meter, batch: Any) -> None:
@@ -178,6 +185,8 @@ class _Meter:
         self.first = 1  # the batch at which measuring begins
         self.measured = 0  # how many batches there were then
         self.step = 0
+        self.offset = 0  # from the batches to the x value of an evaluation
+        self.epoch: int | None = None  # of the fit it is part of
 
 
 def now(device: torch.device) -> float:

@@ -99,6 +99,20 @@ def test_a_second_evaluation_goes_on_counting(stage: str) -> None:
     assert logger.of(stage) == [(2, 2, False), (4, 4, True), (7, 7, False), (9, 9, True)]
 
 
+def test_validations_of_one_epoch_share_an_x_axis_and_one_alone_begins_anew() -> None:
+    trainer, logger = trainer_with(every=1, window=2, val_check_interval=2, max_epochs=1)
+    trainer.fit(Net(), loader(4), loader(2))
+    trainer.validate(Net(), loader(2), verbose=False)
+    assert logger.of("validate") == [
+        (1, 1, False),
+        (2, 2, True),
+        (3, 1, False),
+        (4, 2, True),
+        (1, 3, False),
+        (2, 4, True),
+    ]
+
+
 class Predicting(Net):
     def forward(self, batch: Any) -> Any:
         return batch

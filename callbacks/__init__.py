@@ -6,6 +6,7 @@ from trainkit.callback import Callback as Callback
 from trainkit.callbacks.checkpoint import Checkpoint as Checkpoint
 from trainkit.callbacks.checkpoint import ModelCheckpoint as ModelCheckpoint
 from trainkit.callbacks.console import RichProgressBarTheme as RichProgressBarTheme
+from trainkit.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
 from trainkit.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from trainkit.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
 from trainkit.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
@@ -21,6 +22,7 @@ __all__ = [
     "BasePredictionWriter",
     "Callback",
     "Checkpoint",
+    "DeviceStatsMonitor",
     "EarlyStopping",
     "LearningRateMonitor",
     "ModelCheckpoint",

@@ -12,6 +12,7 @@ from trainkit.callbacks.lr_monitor import LearningRateMonitor as LearningRateMon
 from trainkit.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
 from trainkit.callbacks.progress import RichProgressBar as RichProgressBar
 from trainkit.callbacks.progress_bar import ProgressBar as ProgressBar
+from trainkit.callbacks.spike import SpikeDetection as SpikeDetection
 from trainkit.callbacks.summary import ModelSummary as ModelSummary
 from trainkit.callbacks.summary import RichModelSummary as RichModelSummary
 from trainkit.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
@@ -31,6 +32,7 @@ __all__ = [
     "RichModelSummary",
     "RichProgressBar",
     "RichProgressBarTheme",
+    "SpikeDetection",
     "TQDMProgressBar",
     "ThroughputMonitor",
     "Timer",

@@ -3,6 +3,7 @@
 ValueError
   MisconfigurationException     an argument, a method or a combination of them that can't work
     WrongTypeException          the same, and a TypeError
+    MissingMetric               the same, and a RuntimeError
 RuntimeError
   CheckpointError               a checkpoint that is missing, damaged, or does not fit
 """
@@ -26,6 +27,10 @@ class MisconfigurationException(ValueError):
 
 class WrongTypeException(MisconfigurationException, TypeError):
     """Tell which argument is of a type that can't work."""
+
+
+class MissingMetric(MisconfigurationException, RuntimeError):
+    """Tell which metric is watched and never logged."""
 
 
 class CheckpointError(RuntimeError):

@@ -36,10 +36,10 @@ class RichProgressBarTheme:
     time: str = "dim"
     processing_speed: str = "dim"
     metrics: str = ""
-    label: str = "dim"
-    best: str = "bold green"
     metrics_text_delimiter: str = "  "
     metrics_format: str = ""
+    label: str = "dim"
+    best: str = "bold green"
 
 
 def shows_live_line(stream: Any) -> bool:

@@ -5,7 +5,8 @@ ValueError
     WrongTypeException          the same, and a TypeError
     MissingMetric               the same, and a RuntimeError
 RuntimeError
-  CheckpointError               a checkpoint that is missing, damaged, or does not fit
+  CheckpointError               a checkpoint that is damaged, or does not fit
+    NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class MissingMetric(MisconfigurationException, RuntimeError):
 
 class CheckpointError(RuntimeError):
     """Tell why a checkpoint was not written or not loaded; nothing was changed."""
+
+
+class NoCheckpointError(CheckpointError, FileNotFoundError, ValueError):
+    """Tell that there is no such checkpoint, whether a file or "best" and "last" name it."""
 
 
 def warn(message: str) -> None:

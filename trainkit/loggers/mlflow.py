@@ -32,6 +32,9 @@ MOST_PARAMS = 100
 LONGEST_PARAM = 500
 """How many characters of a parameter's value are kept; servers before MLflow 1.28 took 250."""
 
+OWN_ADDRESSES: set[str] = set()
+"""What MLFlowLogger chose by itself: mlflow puts it into the environment, where it is not the user's wish."""
+
 
 class MLFlowLogger(Logger):
     """Log to MLflow (`pip install mlflow-skinny` or `mlflow`): metrics, hyper-parameters and checkpoints.
@@ -82,7 +85,8 @@ class MLFlowLogger(Logger):
         self._experiment_id: str | None = None
         self._run_name = run_name
         self._run_id = run_id
-        self._tracking_uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+        environment = os.environ.get("MLFLOW_TRACKING_URI")
+        self._tracking_uri = tracking_uri or (environment if environment not in OWN_ADDRESSES else None) or None
         self._save_dir = "./mlruns" if save_dir is None else os.fspath(save_dir)
         self.tags = tags
         self._uploads = Uploads(log_model)
@@ -155,8 +159,10 @@ class MLFlowLogger(Logger):
                 uri = f"sqlite:///{folder / 'mlflow.db'}"
                 client = MlflowClient(uri)
                 location = location or (folder / "artifacts" / self._experiment_name).as_uri()
+            OWN_ADDRESSES.add(uri)
         else:
             client = MlflowClient(uri)
+            OWN_ADDRESSES.discard(uri)
         mlflow.set_tracking_uri(uri)  # for the user's own calls of mlflow
         return client, location
 

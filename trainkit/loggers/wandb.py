@@ -186,7 +186,7 @@ class WandbLogger(Logger):
 
     @rank_zero_only
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: list[Any]) -> None:
-        """Record images: tensors, arrays, PIL images or paths. Keywords (`caption`, ...) are lists, one value an image."""
+        """Record images: tensors, arrays, PIL images or paths. Keywords (`caption`) are lists, one value an image."""
         self._log_media("Image", key, "images", images, step, kwargs)
 
     @rank_zero_only

@@ -87,7 +87,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "middle": {},
     "accumulate": {"accumulate_grad_batches": 2},
     "bf16": {"precision": "bf16-mixed"},
-    "scaled": {"precision": MixedPrecision(torch.float16, torch.amp.GradScaler("cpu"))},
+    "scaled": {"precision": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))},
     "callbacks": {},
 }
 
@@ -111,7 +111,7 @@ def test_a_run_of_lightning_goes_on_here_to_the_same_weights(name: str) -> None:
 
 
 def test_the_scale_of_float16_gradients_goes_on(tmp_path: Path) -> None:
-    precision = MixedPrecision(torch.float16, torch.amp.GradScaler("cpu", init_scale=2.0))
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
     trainer(precision=precision).fit(Line(), datamodule=Numbers(), ckpt_path=HERE / "scaled.ckpt")
     assert precision.scaler is not None
     assert precision.scaler.state_dict()["scale"] == 64.0

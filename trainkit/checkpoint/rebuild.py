@@ -6,11 +6,9 @@ that the program has imported already; that goes for the classes inside a Lightn
 
 from __future__ import annotations
 
-import csv
 import inspect
 import pickle
 import sys
-from ast import literal_eval
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from trainkit.checkpoint import store
+from trainkit.checkpoint.hparams_files import load_hparams
 from trainkit.checkpoint.restore import load_weights
 from trainkit.errors import CheckpointError, warn
 from trainkit.hooks import is_overridden
@@ -98,41 +97,8 @@ def _saved_hparams(
     checkpoint: Mapping[str, Any], prefix: str, hparams_file: str | PathLike[str] | None
 ) -> dict[str, Any]:
     if hparams_file is not None:
-        return hparams_of(Path(hparams_file))
+        return load_hparams(hparams_file)
     return dict(checkpoint.get(f"{prefix}hyper_parameters") or {})
-
-
-def hparams_of(path: Path) -> dict[str, Any]:
-    """Return the hyperparameters in a YAML file, or in a CSV file with the columns key and value.
-
-    Raises:
-        ValueError: it is neither, or does not hold a mapping.
-    """
-    if path.suffix.lower() == ".csv":
-        with path.open(newline="") as file:
-            return {row[0]: _literal(row[1]) for row in list(csv.reader(file))[1:]}
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        raise ValueError(f"hparams_file must be a .yaml, .yml or .csv file. Received: {path}.")
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Plain values, and the tuples that yaml.dump writes."""
-
-    Loader.add_constructor(
-        "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
-    )
-    with path.open() as file:
-        loaded = yaml.load(file, Loader)
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must be a YAML mapping of hyperparameters. Received: {type(loaded).__name__}.")
-    return loaded
-
-
-def _literal(text: str) -> Any:
-    try:
-        return literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 # ---------------------------------------------------------------------- making the object

@@ -17,7 +17,6 @@ import torch
 
 from trainkit.errors import MisconfigurationException, warn
 
-
 _given: ContextVar[tuple[type, dict[str, Any]] | None] = ContextVar("_given", default=None)
 
 

@@ -158,22 +158,22 @@ def test_a_file_with_weights_only_is_no_run() -> None:
 
 def test_a_file_that_does_not_say_where_its_run_was_is_refused(tmp_path: Path) -> None:
     checkpoint = torch.load(HERE / "middle.ckpt", weights_only=True)
-    del checkpoint["loops"]["fit_loop"]
+    del checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     torch.save(checkpoint, tmp_path / "old.ckpt")
     with pytest.raises(CheckpointError, match="does not say how far its run was"):
         trainer().fit(Line(), datamodule=Numbers(), ckpt_path=tmp_path / "old.ckpt")
 
 
 def test_a_checkpoint_of_ours_has_the_keys_that_lightnings_has(tmp_path: Path) -> None:
-    module = Line()
-    run = trainer(max_epochs=2)
-    run.fit(module, datamodule=Numbers())
-    run.save_checkpoint(tmp_path / "ours.ckpt")
+    best = ModelCheckpoint(tmp_path, "ours", monitor="val_loss")
+    trainer(max_epochs=2, enable_checkpointing=True, callbacks=best).fit(Line(), datamodule=Numbers())
     ours = torch.load(tmp_path / "ours.ckpt", weights_only=True)
     theirs = torch.load(HERE / "callbacks.ckpt", weights_only=True)
     assert not set(theirs) - set(ours)
     assert (ours["epoch"], ours["global_step"]) == (theirs["epoch"], theirs["global_step"])
-    assert ours["optimizer_states"][0]["param_groups"][0].keys() == theirs["optimizer_states"][0]["param_groups"][0].keys()
+    assert (
+        ours["optimizer_states"][0]["param_groups"][0].keys() == theirs["optimizer_states"][0]["param_groups"][0].keys()
+    )
 
     def shape(value: Any) -> Any:
         return {key: shape(inner) for key, inner in value.items()} if isinstance(value, dict) else type(value)
@@ -183,3 +183,13 @@ def test_a_checkpoint_of_ours_has_the_keys_that_lightnings_has(tmp_path: Path) -
         assert ours["loops"]["fit_loop"][key] == theirs["loops"]["fit_loop"][key]
     batches = [file["loops"]["fit_loop"]["epoch_loop.batch_progress"] for file in (ours, theirs)]
     assert batches[0] == batches[1]
+
+
+def test_after_fit_its_epochs_are_complete(tmp_path: Path) -> None:
+    run = trainer(max_epochs=2)
+    run.fit(Line(), datamodule=Numbers())
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    loops = torch.load(tmp_path / "after.ckpt", weights_only=True)["loops"]
+    assert loops["fit_loop"]["epoch_progress"]["current"] == dict.fromkeys(
+        ("ready", "started", "processed", "completed"), 2
+    )

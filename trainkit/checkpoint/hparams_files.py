@@ -93,9 +93,10 @@ def _from_yaml(path: Path) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         """Plain values, and the tuples that yaml.dump writes."""
 
-    Loader.add_constructor(
-        "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
-    )
+    def construct_tuple(loader: Any, node: Any) -> tuple[Any, ...]:
+        return tuple(loader.construct_sequence(node, deep=True))
+
+    Loader.add_constructor("tag:yaml.org,2002:python/tuple", construct_tuple)
     with path.open() as file:
         loaded = yaml.load(file, Loader)
     if loaded is None:

@@ -27,7 +27,7 @@ def parts_of(checkpoint: Mapping[str, Any], path: object) -> dict[str, Any]:
     Raises:
         CheckpointError: it does not say where the run was.
     """
-    parts = {key: checkpoint[key] for key in ("optimizer_states", "lr_schedulers", "callbacks") if key in checkpoint}
+    parts = {key: checkpoint[key] for key in ("optimizer_states", "lr_schedulers") if key in checkpoint}
     if "MixedPrecision" in checkpoint:
         parts["precision"] = checkpoint["MixedPrecision"]
     return {**parts, "progress": progress_of(checkpoint, path)}
@@ -51,8 +51,8 @@ def progress_of(checkpoint: Mapping[str, Any], path: object) -> dict[str, int]:
         }
     except (KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} does not say how far its run was ({error} is missing), so it can't be resumed. Start a new run from "
-            "its weights: load_from_checkpoint."
+            f"{path} does not say how far its run was ({error} is missing), so it can't be resumed. Start a new run "
+            "from its weights: load_from_checkpoint."
         ) from None
 
 
@@ -64,17 +64,20 @@ def _updates(checkpoint: Mapping[str, Any], loop: Mapping[str, Any]) -> int:
     return int(loop["epoch_loop.state_dict"]["_batches_that_stepped"] + (current["processed"] > current["completed"]))
 
 
-def loops_of(progress: Mapping[str, int], num_batches: float, num_optimizers: int) -> dict[str, Any]:
+def loops_of(progress: Mapping[str, int], num_batches: float, num_optimizers: int, fitting: bool) -> dict[str, Any]:
     """Return where a run is, as Lightning writes it down.
 
     Args:
         progress: the state of `Progress`.
         num_batches: how many batches an epoch has.
         num_optimizers: how many optimizers step at an update.
+        fitting: whether fit is running; while it saves at an epoch's end, Lightning has not completed that epoch yet.
     """
     inside = progress["batch"] > 0
     epochs, batch = progress["epoch"], progress["batch"]
-    in_epoch = batch if inside or num_batches == float("inf") else int(num_batches)
+    in_epoch = batch if inside or not epochs or num_batches == float("inf") else int(num_batches)
+    completed = epochs - (fitting and not inside and epochs > 0)
+    counted = {"ready": epochs + inside, "started": epochs + inside, "processed": epochs, "completed": completed}
     updates = progress["step"] * max(num_optimizers, 1)
     fit = {
         "state_dict": {},
@@ -82,7 +85,7 @@ def loops_of(progress: Mapping[str, int], num_batches: float, num_optimizers: in
         "epoch_loop.batch_progress": {
             "total": _counts(progress["total_batch"]),
             "current": _counts(in_epoch),
-            "is_last_batch": not inside and epochs > 0,
+            "is_last_batch": in_epoch == num_batches,
         },
         "epoch_loop.scheduler_progress": {"total": _done(0), "current": _done(0)},
         "epoch_loop.automatic_optimization.state_dict": {},
@@ -96,7 +99,7 @@ def loops_of(progress: Mapping[str, int], num_batches: float, num_optimizers: in
         "epoch_loop.manual_optimization.optim_step_progress": {"total": _done(0), "current": _done(0)},
         "epoch_loop.val_loop.state_dict": {},
         "epoch_loop.val_loop.batch_progress": _idle(),
-        "epoch_progress": {"total": _epochs(epochs, inside), "current": _epochs(epochs, inside)},
+        "epoch_progress": {"total": counted, "current": dict(counted)},
     }
     others = {f"{name}_loop": {"state_dict": {}, "batch_progress": _idle()} for name in ("validate", "test")}
     predict = {"state_dict": {}, "batch_progress": {"total": _counts(0), "current": _counts(0)}}
@@ -113,9 +116,3 @@ def _counts(count: int) -> dict[str, int]:
 
 def _idle() -> dict[str, Any]:
     return {"total": _counts(0), "current": _counts(0), "is_last_batch": False}
-
-
-def _epochs(finished: int, inside: bool) -> dict[str, int]:
-    """Count epochs; while a checkpoint is saved at an epoch's end, Lightning has not completed it yet."""
-    begun = finished + inside
-    return {"ready": begun, "started": begun, "processed": finished, "completed": finished if inside else max(finished - 1, 0)}

@@ -102,9 +102,7 @@ def _saved_hparams(
 
 
 # ---------------------------------------------------------------------- making the object
-def _construct(
-    cls: type, saved: dict[str, Any], name: str | None, overrides: dict[str, Any], source: object
-) -> Any:
+def _construct(cls: type, saved: dict[str, Any], name: str | None, overrides: dict[str, Any], source: object) -> Any:
     """Call a class with its saved arguments, those given now in their place."""
     instantiator = saved.pop("_instantiator", None)
     if instantiator is not None:
@@ -222,10 +220,7 @@ def _strictness(module: Module, given: bool | None) -> bool:
 def _says_strictness(module: Module) -> bool:
     """Whether the module's class, or it itself, has a `strict_loading` of its own."""
     places: Iterable[Mapping[str, Any]] = (vars(module), *(vars(cls) for cls in type(module).__mro__))
-    return any(
-        "strict_loading" in place and place.get("__module__") != "trainkit.module"
-        for place in places
-    )
+    return any("strict_loading" in place and place.get("__module__") != "trainkit.module" for place in places)
 
 
 def _warn_of_differences(module: Module, saved: Mapping[str, Any], source: object) -> None:

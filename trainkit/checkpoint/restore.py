@@ -37,7 +37,9 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         "pytorch-lightning_version": lightning.VERSION,
         "state_dict": module.state_dict(),
         "progress": progress.state_dict(),
-        "loops": lightning.loops_of(progress.state_dict(), trainer.num_training_batches, len(trainer.optimizers)),
+        "loops": lightning.loops_of(
+            progress.state_dict(), trainer.num_training_batches, len(trainer.optimizers), trainer.fitting
+        ),
     }
     if not weights_only and "train" in trainer.sources.loaders:
         checkpoint["callbacks"] = ByKey(trainer.callbacks).state_dict()

@@ -7,7 +7,7 @@ import pickle
 import random
 import warnings
 from collections.abc import MutableMapping
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from trainkit.random import seed_everything
 from trainkit.tree import tensors
 
 
-class LightningEnum(str, Enum):
+class LightningEnum(StrEnum):
     """An enum of words that compare without regard to case."""
 
     @classmethod
@@ -41,9 +41,6 @@ class LightningEnum(str, Enum):
 
     def __hash__(self) -> int:
         return hash(self.value.lower())
-
-    def __str__(self) -> str:
-        return str(self.value)
 
 
 class GradClipAlgorithmType(LightningEnum):
@@ -144,7 +141,7 @@ def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
 
 def get_torchvision_model(model_name: str, **kwargs: Any) -> torch.nn.Module:
     """Return the torchvision model of that name; `kwargs` are for it."""
-    from torchvision import models
+    from torchvision import models  # type: ignore[import-untyped, unused-ignore]
 
     model: torch.nn.Module = models.get_model(model_name, **kwargs)
     return model

@@ -139,9 +139,7 @@ class LightningArgumentParser(jsonargparse.ArgumentParser):
         if isinstance(given, tuple):
             self.add_subclass_arguments(given, key, instantiate=False, fail_untyped=False, skip={first})
         else:
-            self.add_class_arguments(
-                given, key, instantiate=False, fail_untyped=False, sub_configs=True, skip={first}
-            )
+            self.add_class_arguments(given, key, instantiate=False, fail_untyped=False, sub_configs=True, skip={first})
 
     def link_slots(self) -> None:
         """Link every optimizer and lr scheduler that has a `link_to` of its own."""
@@ -173,7 +171,7 @@ def class_spec(cls: type[Any], arguments: Any) -> dict[str, Any]:
 
 def class_from_function(function: Callable[..., Any]) -> type[Any]:
     """Return a class whose making calls the function, with the function's arguments and the type it returns."""
-    made: type[Any] = jsonargparse.class_from_function(function)
+    made: type[Any] = jsonargparse.typing.class_from_function(function)
     return made
 
 

@@ -21,7 +21,10 @@ SURFACE = {
     "trainkit.random": "seed_everything",
     "trainkit.trainer": "Trainer",
 }
-RANK_ZERO = {"trainkit.rank_zero": "*"}
+RANK_ZERO = {
+    "trainkit.rank_zero": "LightningDeprecationWarning WarningCache rank_prefixed_message rank_zero_debug "
+    "rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn"
+}
 WARNINGS = {"trainkit.lightning.helpers": "PossibleUserWarning disable_possible_user_warnings"}
 MOVING = {"trainkit.moving": "move_data_to_device"}
 ATTRIBUTE_DICT = {"trainkit.hparams": "AttributeDict"}
@@ -38,6 +41,7 @@ EXCEPTIONS = {"trainkit.errors": "MisconfigurationException"}
 ACCELERATORS = {
     "trainkit.accelerators": "Accelerator CPUAccelerator CUDAAccelerator MPSAccelerator find_usable_cuda_devices"
 }
+SUMMARY = {"trainkit.summary": "LayerSummary ModelSummary get_human_readable_count summarize"}
 PRECISIONS = {"trainkit.precision": "Precision MixedPrecision HalfPrecision DoublePrecision"}
 CHECKPOINT_IO = {"trainkit.checkpoint.io": "CheckpointIO TorchCheckpointIO=CheckpointIO"}
 DEMOS = {"trainkit.lightning.demos": "*"}
@@ -74,7 +78,7 @@ MODULES: dict[str, str | dict[str, str]] = {
     "pytorch.callbacks.spike": "trainkit.callbacks.spike",
     "pytorch.callbacks.stochastic_weight_avg": "trainkit.callbacks.stochastic_weight_avg",
     "pytorch.callbacks.throughput_monitor": "trainkit.callbacks.throughput_monitor",
-    "pytorch.callbacks.timer": {"trainkit.callbacks": "Timer", "trainkit.callbacks.timer": "Interval"},
+    "pytorch.callbacks.timer": "trainkit.callbacks.timer",
     "pytorch.callbacks.weight_averaging": "trainkit.callbacks.weight_averaging",
     "pytorch.cli": "trainkit.lightning.cli",
     "pytorch.core": {**SURFACE, "trainkit.update": "LightningOptimizer=StepOptimizer"},
@@ -140,8 +144,8 @@ MODULES: dict[str, str | dict[str, str]] = {
         "trainkit.overrides": "is_overridden",
         "trainkit.lightning.helpers": "get_torchvision_model",
     },
-    "pytorch.utilities.model_summary": "trainkit.summary",
-    "pytorch.utilities.model_summary.model_summary": "trainkit.summary",
+    "pytorch.utilities.model_summary": SUMMARY,
+    "pytorch.utilities.model_summary.model_summary": SUMMARY,
     "pytorch.utilities.parameter_tying": "trainkit.shared_parameters",
     "pytorch.utilities.parsing": {
         **ATTRIBUTE_DICT,
@@ -235,7 +239,7 @@ class Finder(MetaPathFinder, Loader):
         def get(attribute: str) -> Any:
             if attribute == "__all__":
                 return [word for word in known(name) if f"{name}.{word}" not in MODULES]
-            if attribute.startswith("__"):
+            if attribute.startswith("__") and attribute != "__version__":
                 raise AttributeError(attribute)
             value = find(name, attribute)
             setattr(module, attribute, value)

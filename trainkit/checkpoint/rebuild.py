@@ -21,7 +21,7 @@ from trainkit.checkpoint.hparams_files import load_hparams
 from trainkit.checkpoint.restore import load_weights
 from trainkit.errors import CheckpointError, warn
 from trainkit.hooks import is_overridden
-from trainkit.hparams import AttributeDict
+from trainkit.hparams import AttributeDict, given_hyperparameters
 
 if TYPE_CHECKING:
     from trainkit.datamodule import DataModule
@@ -111,7 +111,7 @@ def _construct(cls: type, saved: dict[str, Any], name: str | None, overrides: di
                 f"{source} wants to be made by {instantiator!r}, and a file may not choose the code that is run. "
                 f"Make the object yourself: {cls.__name__}(...), then load_state_dict."
             )
-        return instantiate_module(cls, {**saved, **overrides})
+        return instantiate_module(cls, {**saved, **overrides, "_instantiator": instantiator})
     saved.pop("_class_path", None)
     parameters = dict(list(inspect.signature(cls.__init__).parameters.items())[1:])  # type: ignore[misc]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -157,13 +157,15 @@ def instantiate_module(class_type: type, config: dict[str, Any]) -> Any:
         _imported(class_path)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     spec: dict[str, Any] = arguments
+    cls = class_type
     if "_class_path" in config:
         cls = imported_subclass(config["_class_path"], class_type)
         parser.add_subclass_arguments(class_type, "module", fail_untyped=False)
         spec = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "dict_kwargs": arguments}
     else:
         parser.add_class_arguments(class_type, "module", fail_untyped=False, sub_configs=True)
-    return parser.instantiate(parser.parse_object({"module": spec})).module
+    with given_hyperparameters(cls, config):  # what they were the first time: values, where `__init__` gets objects
+        return parser.instantiate(parser.parse_object({"module": spec})).module
 
 
 def imported_subclass(class_path: Any, base: type) -> type:

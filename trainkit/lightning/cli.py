@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -32,6 +33,7 @@ from trainkit.lightning.parser import LRSchedulerTypeUnion as LRSchedulerTypeUni
 from trainkit.lightning.parser import OptimizerCallable as OptimizerCallable
 from trainkit.lightning.parser import ReduceLROnPlateau as ReduceLROnPlateau
 from trainkit.lightning.parser import class_from_function, class_spec, module_type
+from trainkit.lightning.stand_in import renamed, standing_in
 
 
 class SaveConfigCallback(Callback):
@@ -159,8 +161,10 @@ class LightningCLI:
         main_kwargs = {key: value for key, value in self.parser_kwargs.items() if key not in names}
         each_kwargs = {key: value for key, value in self.parser_kwargs.items() if key in names}
         self.setup_parser(run, main_kwargs, each_kwargs)
-        self.parse_arguments(self.parser, args)
-        self._take_hparams_of_checkpoint()
+        with standing_in():
+            self.parse_arguments(self.parser, args)
+            self._take_hparams_of_checkpoint()
+        renamed(self.config)
         self.subcommand: str | None = self.config["subcommand"] if run else None
         self._seed()
         self.before_instantiate_classes()
@@ -333,9 +337,11 @@ class LightningCLI:
 
         def make(cls: type[Any], *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
             if not config:  # dumped once, when the links are applied
-                text = self.parser.dump(
-                    self.config, skip_link_targets=False, skip_unset=False, skip_validation=True, format="yaml"
-                )
+                with warnings.catch_warnings():  # a tuple that comes back as a list is one again for its argument
+                    warnings.simplefilter("ignore", UserWarning)
+                    text = self.parser.dump(
+                        self.config, skip_link_targets=False, skip_unset=False, skip_validation=True, format="yaml"
+                    )
                 config.update(self._own(yaml.safe_load(text)))
             given = dict(config.get(key) or {})
             if "class_path" in given:

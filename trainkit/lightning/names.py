@@ -12,7 +12,7 @@ from typing import Any
 
 from trainkit.errors import nearest
 
-ROOT = __package__
+ROOT = "trainkit.lightning"
 
 SURFACE = {
     "trainkit.callback": "Callback",

@@ -68,12 +68,13 @@ def running(
         interrupted = trainer.interruption.signal is not None or isinstance(error, KeyboardInterrupt)
         status = "interrupted" if interrupted else "failed"
         trainer.state.status = TrainerStatus.INTERRUPTED
+        trainer.strategy.on_exception(error)
         trainer.hooks.on_exception(error)
         for part in data:
             part.on_exception(error)
         trainer.strategy.teardown(trainer.module)
-        if isinstance(error, KeyboardInterrupt) and not isinstance(error, SystemExit):
-            raise Interrupted(130) from error  # raised by the user's code: it ends a script as Ctrl-C does
+        if type(error) is KeyboardInterrupt and trainer.interruption.signal is None:
+            raise Interrupted(130) from error  # raised by the user's code: it ends a script as the first Ctrl-C does
         raise
     finally:
         tear_down(trainer, fn, data, status)
@@ -109,18 +110,14 @@ def attach(
     trainer.interruption.signal = None
     trainer.metrics = Metrics()
     if fn == TrainerFn.FITTING:
+        if trainer.max_epochs is None:
+            trainer.max_epochs = 1000  # nothing else limits the run
         trainer.optimizers, trainer.lr_scheduler_configs = [], []
     trainer.metrics.hook = "setup"
     module.attach(trainer, trainer.metrics)
     if datamodule is not None:
         datamodule.trainer = trainer
     trainer.callbacks = components.with_callbacks_of(module, trainer.callbacks)
-    keys = [callback.state_key for callback in trainer.callbacks if callback.state_dict()]
-    for key in {key for key in keys if keys.count(key) > 1}:
-        raise MisconfigurationException(
-            f"two callbacks keep their state under {key!r}: a checkpoint could hold only one of them. "
-            "Give one of the classes a state_key property of its own."
-        )
     trainer.hooks = Hooks(trainer, module, trainer.callbacks)
 
 

@@ -54,7 +54,6 @@ Keep = Callable[[Sequence[Saved]], Sequence[Saved]]
 
 
 # ---------------------------------------------------------------------- when to save
-# Made of functions of this module and their settings, no closures: a callback that has some can be pickled.
 def never(moment: Moment) -> bool:
     """Never save."""
     return False
@@ -65,17 +64,9 @@ def after(event: Event) -> When:
     return partial(_after, event)
 
 
-def _after(event: Event, moment: Moment) -> bool:
-    return moment.event == event
-
-
 def every_n_steps(n: int) -> When:
     """Save after every n-th update; 0 is never."""
     return partial(_every_n_steps, n)
-
-
-def _every_n_steps(n: int, moment: Moment) -> bool:
-    return n > 0 and moment.event == "batch" and moment.step > 0 and moment.step % n == 0
 
 
 def every_n_epochs(n: int) -> When:
@@ -83,17 +74,9 @@ def every_n_epochs(n: int) -> When:
     return partial(_every_n_epochs, n)
 
 
-def _every_n_epochs(n: int, moment: Moment) -> bool:
-    return n > 0 and (moment.epoch + 1) % n == 0
-
-
 def every_seconds(seconds: float) -> When:
     """Save after the first batch that ends that long after the last save."""
     return partial(_every_seconds, seconds)
-
-
-def _every_seconds(seconds: float, moment: Moment) -> bool:
-    return moment.event == "batch" and moment.seconds >= seconds
 
 
 def any_of(*policies: When) -> When:
@@ -101,13 +84,29 @@ def any_of(*policies: When) -> When:
     return partial(_any_of, policies)
 
 
-def _any_of(policies: tuple[When, ...], moment: Moment) -> bool:
-    return any(policy(moment) for policy in policies)
-
-
 def all_of(*policies: When) -> When:
     """Save when all policies say so."""
     return partial(_all_of, policies)
+
+
+def _after(event: Event, moment: Moment) -> bool:  # functions of this module can be pickled, those inside others not
+    return moment.event == event
+
+
+def _every_n_steps(n: int, moment: Moment) -> bool:
+    return n > 0 and moment.event == "batch" and moment.step > 0 and moment.step % n == 0
+
+
+def _every_n_epochs(n: int, moment: Moment) -> bool:
+    return n > 0 and (moment.epoch + 1) % n == 0
+
+
+def _every_seconds(seconds: float, moment: Moment) -> bool:
+    return moment.event == "batch" and moment.seconds >= seconds
+
+
+def _any_of(policies: tuple[When, ...], moment: Moment) -> bool:
+    return any(policy(moment) for policy in policies)
 
 
 def _all_of(policies: tuple[When, ...], moment: Moment) -> bool:
@@ -122,29 +121,33 @@ def keep_all(saved: Sequence[Saved]) -> Sequence[Saved]:
 
 def keep_last(k: int) -> Keep:
     """Keep the k newest."""
-    return partial(_keep_last, k)
-
-
-def _keep_last(k: int, saved: Sequence[Saved]) -> Sequence[Saved]:
-    return saved[max(0, len(saved) - k) :]
+    return partial(_last, k)
 
 
 def keep_best(k: int, mode: str) -> Keep:
-    """Keep the k best scores; of equal ones the earliest, and anything before a score that is not finite."""
-    return partial(_keep_best, k, mode)
+    """Keep the k best scores, and anything before one that is not finite.
 
-
-def _keep_best(k: int, mode: str, saved: Sequence[Saved]) -> Sequence[Saved]:
-    ranked = sorted(range(len(saved)), key=lambda index: (rank(saved[index].score, mode), index))
-    return [saved[index] for index in sorted(ranked[:k])]
+    A new one has to be better than the worst, and of equal ones the earliest goes first.
+    """
+    return partial(_best, k, mode)
 
 
 def keep_any(*policies: Keep) -> Keep:
     """Keep what one of the policies keeps."""
-    return partial(_keep_any, policies)
+    return partial(_any, policies)
 
 
-def _keep_any(policies: tuple[Keep, ...], saved: Sequence[Saved]) -> Sequence[Saved]:
+def _last(k: int, saved: Sequence[Saved]) -> Sequence[Saved]:
+    return saved[max(0, len(saved) - k) :]
+
+
+def _best(k: int, mode: str, saved: Sequence[Saved]) -> Sequence[Saved]:
+    new = len(saved) - 1
+    ranked = sorted(range(len(saved)), key=lambda index: (rank(saved[index].score, mode), index == new, -index))
+    return [saved[index] for index in sorted(ranked[:k])]
+
+
+def _any(policies: tuple[Keep, ...], saved: Sequence[Saved]) -> Sequence[Saved]:
     wanted = {one.path for policy in policies for one in policy(saved)}
     return [one for one in saved if one.path in wanted]
 

@@ -159,7 +159,7 @@ def callbacks_of(
         argument: str, enabled: bool | None, belongs: Callable[[Any], bool], make: Callable[[], Callback]
     ) -> None:
         there = [callback for callback in callbacks if belongs(callback)]
-        if there and enabled is False:
+        if there and enabled is False and argument != "enable_model_summary":  # that one means the default only
             raise MisconfigurationException(
                 f"{argument}=False, but callbacks has a {type(there[0]).__name__}. Leave one of the two out."
             )

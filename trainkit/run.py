@@ -136,9 +136,9 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     if is_overridden(module, "configure_model"):
         with trainer.init_module():
             module.configure_model()
+    trainer.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones must not pass float32
     if trainer.checkpoint is not None:
         restore.restore_weights(trainer, trainer.checkpoint, Path(trainer.resume_path or ""))
-    trainer.precision_plugin.convert_module(module)
     trainer.strategy.setup(module)
     if fitting:
         configure_optimizers(trainer)

@@ -425,6 +425,10 @@ class ModelCheckpoint(Checkpoint):
                 outcome.remove.append(before)
         return outcome
 
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether a checkpoint with this metric would be kept among the best; None is no metric."""
+        return current is not None and policy.plan(self._saved(), Saved("", float(current)), self._keep).write
+
     def _saved(self) -> tuple[Saved, ...]:
         if self.monitor is None:
             newest = self.best_model_path  # may be one of another directory, which is not this callback's to remove
@@ -485,7 +489,8 @@ class ModelCheckpoint(Checkpoint):
             return
         if trainer.is_global_zero:
             for path in outcome.remove:
-                trainer.checkpoint_io.remove_checkpoint(path)
+                if not _same(path, self._resumed_from):  # which somebody named, and may want again
+                    trainer.checkpoint_io.remove_checkpoint(path)
         for logger in trainer.loggers:
             logger.after_save_checkpoint(self)
         if self.verbose and trainer.is_global_zero:
@@ -554,6 +559,12 @@ def _epoch_of(trainer: Trainer) -> int:
     """Return the epoch of the last finished batch."""
     progress = trainer.progress
     return progress.epoch - (progress.batch == 0 and progress.epoch > 0)
+
+
+def _same(path: str, other: str | None) -> bool:
+    """Whether two paths are one name in one directory; a link is not what it leads to."""
+    folder, name = os.path.split(os.path.abspath(other or ""))
+    return bool(other) and os.path.basename(path) == name and os.path.dirname(path) == os.path.realpath(folder)
 
 
 def _directory(dirpath: str | os.PathLike[str]) -> str:

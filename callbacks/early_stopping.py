@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainkit import Callback
 from trainkit.callbacks.monitor import Event, Watch, epoch_is_whole, looks_at_epoch_end
-from trainkit.errors import MisconfigurationException, MissingMetric
+from trainkit.errors import MisconfigurationException, MissingMetricError
 
 if TYPE_CHECKING:
     from trainkit import Module, Trainer
@@ -59,7 +59,7 @@ class EarlyStopping(Callback):
 
     Raises:
         MisconfigurationException: an argument that can't work.
-        MissingMetric: during training, a metric that is not there (a RuntimeError, too).
+        MissingMetricError: during training, a metric that is not there (a RuntimeError, too).
 
     Example:
         >>> stopping = EarlyStopping("val_loss", patience=5)
@@ -208,7 +208,7 @@ class EarlyStopping(Callback):
 
     def _complain(self, problem: str) -> None:
         if self.strict:
-            raise MissingMetric(problem)
+            raise MissingMetricError(problem)
         if not self._warned:
             warnings.warn(problem, RuntimeWarning, stacklevel=2)
             self._warned = True

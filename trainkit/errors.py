@@ -4,7 +4,7 @@ ValueError
   MisconfigurationException     an argument, a method or a combination of them that can't work
     WrongTypeException          the same, and a TypeError
     DuplicateStateError         two callbacks with one state; the same, and a RuntimeError
-    MissingMetric               the same, and a RuntimeError
+    MissingMetricError          the same, and a RuntimeError
 RuntimeError
   CheckpointError               a checkpoint that is damaged, or does not fit
     NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
@@ -35,7 +35,7 @@ class DuplicateStateError(MisconfigurationException, RuntimeError):
     """Tell which callbacks would overwrite each other's state in a checkpoint."""
 
 
-class MissingMetric(MisconfigurationException, RuntimeError):
+class MissingMetricError(MisconfigurationException, RuntimeError):
     """Tell which metric is watched and never logged."""
 
 

@@ -47,12 +47,12 @@ class NoCheckpointError(CheckpointError, FileNotFoundError, ValueError):
     """Tell that there is no such checkpoint, whether a file or "best" and "last" name it."""
 
 
-def warn(message: str) -> None:
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line of the user's code that led here, past trainkit's own frames."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _is_ours(file: str) -> bool:

@@ -104,8 +104,8 @@ def callbacks_of(
 
 
 def savers_last(callbacks: Iterable[Callback]) -> list[Callback]:
-    """Return the callbacks in order, those that write checkpoints behind all others."""
-    return sorted(callbacks, key=lambda callback: callback.saves)
+    """Return the callbacks in order, those that tune before and those that write checkpoints behind all others."""
+    return sorted(callbacks, key=lambda callback: callback.saves - callback.tunes)
 
 
 def module_of(given: Any, stage: str) -> Module:

@@ -4,6 +4,8 @@ ValueError
   MisconfigurationException     an argument, a method or a combination of them that can't work
 RuntimeError
   CheckpointError               a checkpoint that is missing, damaged, or does not fit
+Exception
+  SearchOver                    no error: a run that was only made to search for something is over
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ class MisconfigurationException(ValueError):
 
 class CheckpointError(RuntimeError):
     """Tell why a checkpoint was not written or not loaded; nothing was changed."""
+
+
+class SearchOver(Exception):
+    """End a run from one of its hooks, with its teardown but without telling anybody of an error; then catch it."""
 
 
 def warn(message: str) -> None:

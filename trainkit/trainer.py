@@ -24,7 +24,7 @@ from trainkit.data.transfer import Transfer, check_device, transfer_of
 from trainkit.datamodule import DataModule
 from trainkit.devices import resolve as resolve_device
 from trainkit.duration import parse_duration
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, SearchOver
 from trainkit.hooks import Hooks, fitted, is_overridden
 from trainkit.hparams import merged_hparams
 from trainkit.loggers import Logger
@@ -362,12 +362,13 @@ class Trainer(Status):
                 restore.restore_weights(self, self._checkpoint, Path(self.resume_path or ""))
             self.precision.convert_module(module)
             self.strategy.setup(module)
+            self.transfer = transfer_of(self.strategy, module, self.datamodule)
             if stage == "fit":
                 self._configure_optimizers()
-                hooks.on_fit_start()
-                self._log_hyperparameters()
             self.precision.attach(self.optimizers if stage == "fit" else [], self.device)
-            self.transfer = transfer_of(self.strategy, module, self.datamodule)
+            if stage == "fit":
+                hooks.on_fit_start()  # from here on the loops can be called, as those who search a setting do
+                self._log_hyperparameters()
             yield
             self.strategy.teardown(module)
             if stage == "fit":
@@ -375,9 +376,10 @@ class Trainer(Status):
             status = "success"
         except BaseException as error:
             status = "interrupted" if self.interrupted or isinstance(error, KeyboardInterrupt) else "failed"
-            hooks.on_exception(error)
-            for part in data:
-                part.on_exception(error)
+            if isinstance(error, SearchOver):
+                status = "success"
+            for tell in [] if status == "success" else [hooks.on_exception, *(part.on_exception for part in data)]:
+                tell(error)
             self.strategy.teardown(module)
             raise
         finally:

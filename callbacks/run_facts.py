@@ -55,7 +55,7 @@ def facts(trainer: Trainer, module: Module) -> Facts:
         parameters=summarize(module, max_depth=0).total_parameters,
         data=data,
         device=device,
-        precision=trainer.precision_name,
+        precision=trainer.precision,
         seed=os.environ.get("PL_GLOBAL_SEED"),  # where seed_everything leaves it
         resumed_from=short_path(trainer.resume_path) if trainer.resume_path else None,
     )

@@ -51,7 +51,7 @@ def trainer_of(*callbacks: Callback, **settings: Any) -> Trainer:
 
 def hooks_of(kind: type) -> set[str]:
     names = {name for name in vars(kind) if re.fullmatch(r"on_.*|setup|teardown", name)}
-    return {name for name in names if "batch_transfer" not in name} - NOT_IN_THE_TABLE
+    return {name for name in names if "batch_transfer" not in name and "_model_" not in name} - NOT_IN_THE_TABLE
 
 
 # ---------------------------------------------------------------- one list of hooks

@@ -546,12 +546,6 @@ def test_a_module_without_training_step_is_refused() -> None:
         bare_trainer().fit(Nothing(), InMemory(*batches(1)))
 
 
-def test_a_method_that_would_silently_not_be_called_is_refused() -> None:
-    module = type("Warms", (Net,), {"optimizer_step": lambda self, *arguments: None})()
-    with pytest.raises(MisconfigurationException, match="Warms has optimizer_step, which this version"):
-        bare_trainer().fit(module, InMemory(*batches(1)))
-
-
 def test_detect_anomaly_names_the_operation_that_made_a_nan() -> None:
     class Breaks(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -592,12 +586,6 @@ def test_a_loss_that_teaches_nothing_is_refused_before_the_first_step(returned: 
     with pytest.raises(MisconfigurationException, match=message):
         trainer.fit(Wrong(), InMemory(*batches(2)))
     assert trainer.global_step == 0
-
-
-def test_an_optimizer_that_needs_a_closure_is_refused_with_the_way_to_use_it() -> None:
-    module = type("Old", (Net,), {"configure_optimizers": lambda self: torch.optim.LBFGS(self.parameters())})()
-    with pytest.raises(MisconfigurationException, match="LBFGS runs the forward and backward pass by itself"):
-        bare_trainer().fit(module, InMemory(*batches(1)))
 
 
 def test_a_schedule_may_span_the_whole_run() -> None:

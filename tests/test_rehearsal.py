@@ -91,7 +91,7 @@ def state_of(trainer: Trainer) -> Any:
             "schedules": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "progress": trainer.progress,
             "metrics": trainer.metrics.state_dict(),
-            "precision": trainer.precision.state_dict(),
+            "precision": trainer.precision_plugin.state_dict(),
             "random": random_state(),
             "order": module.order.get_state(),
         }
@@ -168,12 +168,12 @@ def test_a_scaler_that_was_left_in_the_middle_of_a_step_starts_anew(TinyModule: 
 
     class Interrupt(Callback):
         def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
-            before = copy.deepcopy(trainer.precision.state_dict())
-            with pytest.raises(RuntimeError, match="between"), rehearsal(trainer, []):
-                trainer.precision.scaler.scale(module.line.weight.sum()).backward()  # type: ignore[attr-defined,operator]
-                trainer.precision.unscale(trainer.optimizers[0])
+            before = copy.deepcopy(trainer.precision_plugin.state_dict())
+            with pytest.raises(RuntimeError, match="between"), rehearsal(trainer, []):  # noqa: PT012
+                trainer.precision_plugin.scaler.scale(module.line.weight.sum()).backward()  # type: ignore[attr-defined,operator]
+                trainer.precision_plugin.unscale(trainer.optimizers[0])
                 raise RuntimeError("between unscaling and the step")
-            assert trainer.precision.state_dict() == before
+            assert trainer.precision_plugin.state_dict() == before
             seen.append(module.line.weight.grad)
 
     trainer.callbacks.append(Interrupt())

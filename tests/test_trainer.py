@@ -72,7 +72,7 @@ def test_hooks_of_the_data_module_come_in_order(TinyModule: Any, TinyData: Any) 
             trace.append(f"teardown {stage}")
 
     Trainer(**BARE, max_epochs=2).fit(TinyModule(), datamodule=Data())
-    assert trace == ["prepare_data", "setup fit", "train_dataloader", "val_dataloader", "teardown fit"]
+    assert trace == ["prepare_data", "setup fit", "val_dataloader", "train_dataloader", "teardown fit"]
 
 
 def test_loaders_are_asked_for_again_every_n_epochs(TinyModule: Any, TinyData: Any) -> None:

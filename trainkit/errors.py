@@ -2,6 +2,7 @@
 
 ValueError
   MisconfigurationException     an argument, a method or a combination of them that can't work
+    WrongTypeException          the same, and a TypeError
 RuntimeError
   CheckpointError               a checkpoint that is missing, damaged, or does not fit
 Exception
@@ -23,6 +24,10 @@ _OURS = (_HERE + os.sep, os.path.join(os.path.dirname(_HERE), "callbacks") + os.
 
 class MisconfigurationException(ValueError):
     """Tell what in the user's code or configuration can't work, and what to write instead."""
+
+
+class WrongTypeException(MisconfigurationException, TypeError):
+    """Tell which argument is of a type that can't work."""
 
 
 class CheckpointError(RuntimeError):

@@ -166,13 +166,18 @@ def overrides(owner: object, name: str, base: type) -> bool:
     return getattr(method, "__func__", method) is not getattr(base, name)
 
 
-def is_overridden(module: object, name: str) -> bool:
+BASES = ("trainkit.module", "trainkit.datamodule")
+"""Where the classes are whose methods are nobody's own."""
+
+
+def is_overridden(owner: object, name: str) -> bool:
     """Whether the user's Module or DataModule, or one of its bases above trainkit's, has this method of its own."""
-    method = getattr(module, name, None)
+    method = getattr(owner, name, None)
     if method is None:
         return False
     function = getattr(method, "__func__", method)
-    return getattr(function, "__module__", "") not in ("trainkit.module", "trainkit.datamodule")
+    classes = (owner if isinstance(owner, type) else type(owner)).__mro__
+    return all(function is not vars(cls).get(name) for cls in classes if cls.__module__ in BASES)
 
 
 def accepts(method: Call, count: int) -> bool:

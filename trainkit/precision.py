@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from trainkit.errors import MisconfigurationException
 from trainkit.tree import map_tensors
 
 Step = Callable[..., Any]
@@ -23,7 +26,12 @@ Step = Callable[..., Any]
 class Precision:
     """What the loop asks of a precision. This one is `32-true`: the step as it is."""
 
-    name = "32-true"
+    precision = "32-true"
+    """Its name, as `Trainer(precision=...)` takes it."""
+
+    def init_context(self) -> AbstractContextManager[Any]:
+        """Return a context in which new parameters have the precision's dtype."""
+        return nullcontext()
 
     def convert_module(self, module: nn.Module) -> None:
         """Change the parameters' dtype, before optimizers are made."""
@@ -35,16 +43,29 @@ class Precision:
     def attach(self, optimizers: list[Optimizer], device: torch.device) -> None:
         """Get to know the run's optimizers, before the first step."""
 
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return the loss that backward starts from."""
+        return loss
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add the loss's gradients to the parameters'."""
-        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.scale(loss).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Make the optimizer's gradients true ones, before anybody clips or looks at them."""
 
-    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> bool:
-        """Update the weights and return whether they moved."""
-        optimizer.step(closure) if closure is not None else optimizer.step()
+    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **options: Any) -> bool:
+        """Update the weights and return whether they moved.
+
+        Args:
+            optimizer: whose parameters.
+            closure: computes the loss and its true gradients; the optimizer may call it more than once.
+            options: for the optimizer's own `step`.
+        """
+        if closure is None:
+            optimizer.step(**options)
+        else:
+            optimizer.step(closure, **options)
         return True
 
     def update(self) -> None:
@@ -72,9 +93,10 @@ class MixedPrecision(Precision):
     def __init__(self, dtype: torch.dtype, scaler: torch.amp.GradScaler | None = None) -> None:
         self.dtype = dtype
         self.scaler = scaler
-        self.name = "bf16-mixed" if dtype is torch.bfloat16 else "16-mixed"
+        self.precision = "bf16-mixed" if dtype is torch.bfloat16 else "16-mixed"
         self._device_type = "cpu"
         self._stepped = False
+        self._unscaled: set[int] = set()  # optimizers, by id, whose gradients of this step are true already
         self._watched: list[RemovableHandle] = []
 
     def wrap(self, step: Step) -> Step:
@@ -95,26 +117,31 @@ class MixedPrecision(Precision):
     def _note_step(self, *_: Any) -> None:
         self._stepped = True
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if self.scaler is not None:
-            loss = self.scaler.scale(loss)
-        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
 
     def unscale(self, optimizer: Optimizer) -> None:
-        if self.scaler is not None:
+        if self.scaler is not None and id(optimizer) not in self._unscaled:
+            self._unscaled.add(id(optimizer))
             self.scaler.unscale_(optimizer)
 
-    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> bool:
+    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, **options: Any) -> bool:
         if self.scaler is None:
-            return super().step(optimizer, closure)
+            return super().step(optimizer, closure, **options)
+        if closure is not None and needs_closure(optimizer):
+            raise MisconfigurationException(
+                f"precision={self.precision!r} can't run {type(optimizer).__name__}: the scaler must see the gradients "
+                'before the update, and this optimizer makes them while it updates. Use precision="bf16-mixed".'
+            )
         if closure is not None:
-            raise ValueError(f"precision={self.name!r} can't run {type(optimizer).__name__}: it needs a closure.")
+            closure()
         self._stepped = False
-        self.scaler.step(optimizer)
+        self.scaler.step(optimizer, **options)
         return self._stepped
 
     def update(self) -> None:
-        if self.scaler is not None:
+        if self.scaler is not None and self._unscaled:  # else no optimizer has stepped: there is nothing to learn from
+            self._unscaled.clear()
             self.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,11 +161,20 @@ class TruePrecision(Precision):
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.name, self._cast = {
+        self.precision, self._cast = {
             torch.bfloat16: ("bf16-true", nn.Module.bfloat16),
             torch.float16: ("16-true", nn.Module.half),
             torch.float64: ("64-true", nn.Module.double),
         }[dtype]
+
+    @contextmanager
+    def init_context(self) -> Iterator[None]:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
     def convert_module(self, module: nn.Module) -> None:
         self._cast(module)  # module.to(dtype) would drop the imaginary part of complex parameters
@@ -152,14 +188,16 @@ class TruePrecision(Precision):
 
         @functools.wraps(step)
         def run(batch: Any, *args: Any) -> Any:
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
-            try:
+            with self.init_context():
                 return step(map_tensors(convert, batch), *args)
-            finally:
-                torch.set_default_dtype(before)
 
         return run
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether an optimizer can't step without recomputing the loss, as LBFGS can't."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
 
 
 PRECISIONS: dict[str, Callable[[], Precision]] = {
@@ -177,7 +215,7 @@ def precision_of(given: str | int | Precision | None) -> Precision:
     """Return the precision with that name, or the object itself; None is `32-true`.
 
     Raises:
-        ValueError: no precision has that name; the message lists those that exist.
+        MisconfigurationException: no precision has that name; the message lists those that exist.
     """
     if isinstance(given, Precision):
         return given
@@ -185,5 +223,5 @@ def precision_of(given: str | int | Precision | None) -> Precision:
     name = ALIASES.get(name, name)
     if isinstance(given, bool) or name not in PRECISIONS:
         known = ", ".join(repr(n) for n in PRECISIONS)
-        raise ValueError(f"precision must be one of {known} or a Precision object. Received: {given!r}.")
+        raise MisconfigurationException(f"precision must be one of {known} or a Precision object. Received: {given!r}.")
     return PRECISIONS[name]()

@@ -54,7 +54,7 @@ def rehearsal(trainer: Trainer, callbacks: Iterable[Callback]) -> Iterator[None]
     module = trainer.module
     outer = trainer.metrics
     with ExitStack() as stack:
-        for undo in (_module(module), *map(_optimizer, trainer.optimizers), _precision(trainer.precision)):
+        for undo in (_module(module), *map(_optimizer, trainer.optimizers), _precision(trainer.precision_plugin)):
             stack.callback(undo)
         for undo in _data(trainer):
             stack.callback(undo)
@@ -67,7 +67,8 @@ def rehearsal(trainer: Trainer, callbacks: Iterable[Callback]) -> Iterator[None]
         trainer.max_epochs, trainer.max_steps, trainer.min_epochs, trainer.min_steps = -1, -1, None, None
         trainer.limit_val_batches = trainer.log_every_n_steps = 0
         trainer.progress = replace(trainer.progress, batch=0)
-        trainer.should_stop = trainer.is_last_batch = trainer.sanity_checking = False
+        trainer.should_stop = trainer.is_last_batch = False
+        trainer.state = replace(trainer.state)
         trainer.interruption, trainer._since_validation = Interruption(), Clock()
         # who moves schedules by hand finds as many as ever, but none that moves anything
         trainer.lr_scheduler_configs = [replace(c, scheduler=Still(c.scheduler)) for c in trainer.lr_scheduler_configs]

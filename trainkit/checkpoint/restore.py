@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 
 from trainkit.checkpoint import store
 from trainkit.errors import CheckpointError, warn
+from trainkit.hooks import is_overridden
 from trainkit.hparams import AttributeDict, plain_hparams
+from trainkit.stages import TrainerFn
 from trainkit.state import ByKey, resume_state
 
 if TYPE_CHECKING:
@@ -54,14 +56,25 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
 
 
 def restore_weights(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
-    """Load the weights and give hooks, data module and callbacks their part, before the module goes to its device."""
+    """Load the weights and give hooks, data module and callbacks their part, before the module goes to its device.
+
+    Callbacks have their state back from here on: one that changes optimizers does so before their state is loaded.
+    """
     module, datamodule = trainer.module, trainer.datamodule
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    if fitting and "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            f"{path} has only weights (optimizer_states missing): a run can't be resumed from it. "
+            f"Start a new run from its weights: {type(module).__name__}.load_from_checkpoint({str(path)!r})."
+        )
     module.on_load_checkpoint(checkpoint)
     load_weights(module, checkpoint, path, module.strict_loading)
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
-    for callback in trainer.callbacks:
-        callback.on_load_checkpoint(trainer, module, checkpoint)
+    if fitting:
+        for callback in trainer.callbacks:
+            callback.on_load_checkpoint(trainer, module, checkpoint)
+        ByKey(trainer.callbacks).load_state_dict(checkpoint.get("callbacks", {}))
 
 
 def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
@@ -69,12 +82,8 @@ def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> Non
     parts = resume_state(trainer)
     missing = [key for key in parts if key not in checkpoint]
     if missing:
-        raise CheckpointError(
-            f"{path} has only weights ({', '.join(missing)} missing): a run can't be resumed from it. "
-            f"Start a new run from its weights: {type(trainer.module).__name__}.load_from_checkpoint({str(path)!r})."
-        )
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}: a run can't be resumed from it.")
     _check_optimizers(trainer.optimizers, checkpoint["optimizer_states"], path)
-    ByKey(trainer.callbacks).load_state_dict(checkpoint["callbacks"])
     for key, part in parts.items():
         try:
             part.load_state_dict(checkpoint[key])
@@ -170,6 +179,8 @@ def rebuild(
             "load_from_checkpoint, or call self.save_hyperparameters() in __init__ before training."
         )
     module = cls(**arguments)
+    if isinstance(module, nn.Module) and is_overridden(module, "configure_model"):
+        module.configure_model()
     module.on_load_checkpoint(checkpoint)
     load_weights(module, checkpoint, path, module.strict_loading if strict is None else strict)
     if map_location is not None and not callable(map_location) and not isinstance(map_location, Mapping):

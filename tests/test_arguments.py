@@ -108,14 +108,14 @@ RIGHT: dict[str, list[Any]] = {
     "check_val_every_n_epoch": [1, 5],
     "num_sanity_val_steps": [None, -1, 0, 5],
     "log_every_n_steps": [None, 0, 1, 1000],
-    "num_nodes": [*NO_NUMBER, 0, -1, None, 2],
-    "profiler": ["fast", 1, Odd()],
-    "barebones": NO_FLAG,
-    "plugins": ["fp8", 1, Odd(), [Odd()]],
-    "sync_batchnorm": NO_FLAG,
-    "use_distributed_sampler": NO_FLAG,
-    "enable_autolog_hparams": NO_FLAG,
-    "model_registry": ["mine", 1],
+    "num_nodes": [1],
+    "profiler": [None],
+    "barebones": [False],
+    "plugins": [None, [], CheckpointIO()],
+    "sync_batchnorm": [True, False],
+    "use_distributed_sampler": [True, False],
+    "enable_autolog_hparams": [True, False],
+    "model_registry": [None],
     "accumulate_grad_batches": [1, 8],
     "gradient_clip_val": [None, 0, 0.0, 1, 0.5, INFINITE],
     "gradient_clip_algorithm": [None, "norm", "value"],
@@ -164,7 +164,7 @@ def test_arguments_come_from_the_environment_unless_they_are_given(monkeypatch: 
     assert (trainer.max_epochs, trainer.gradient_clip_algorithm) == (3, "value")
     assert Trainer(**QUIET, max_epochs=5).max_epochs == 5  # type: ignore[arg-type]
     monkeypatch.setenv("PL_TRAINER_MAX_EPOCHS", "many")
-    with pytest.raises(MisconfigurationException, match="max_epochs must be a whole number. Received: 'many'"):
+    with pytest.raises(MisconfigurationException, match=r"max_epochs must be a whole number\. Received: 'many'"):
         Trainer(**QUIET)  # type: ignore[arg-type]
 
 
@@ -172,7 +172,12 @@ def test_barebones_turns_off_what_costs_time_and_refuses_it_beside_itself() -> N
     trainer = Trainer(accelerator="cpu", barebones=True)
     assert (trainer.loggers, trainer.callbacks) == ([], [])
     assert (trainer.num_sanity_val_steps, trainer.log_every_n_steps) == (0, 0)
-    for argument, value in {"logger": True, "fast_dev_run": 1, "enable_progress_bar": True, "profiler": "simple"}.items():
+    for argument, value in {
+        "logger": True,
+        "fast_dev_run": 1,
+        "enable_progress_bar": True,
+        "profiler": "simple",
+    }.items():
         with pytest.raises(MisconfigurationException, match=f"{argument}=.* beside barebones=True"):
             Trainer(accelerator="cpu", barebones=True, **{argument: value})  # type: ignore[arg-type]
 
@@ -181,7 +186,7 @@ def test_plugins_bring_a_precision_and_a_place_for_checkpoints() -> None:
     class Elsewhere(CheckpointIO):
         pass
 
-    precision, place = MixedPrecision(torch.bfloat16), Elsewhere()
+    precision, place = MixedPrecision("bf16-mixed"), Elsewhere()
     trainer = Trainer(**QUIET, plugins=[precision, place])  # type: ignore[arg-type]
     assert trainer.precision_plugin is precision
     assert trainer.precision == "bf16-mixed"

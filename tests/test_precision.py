@@ -94,7 +94,7 @@ def test_lightnings_short_names_mean_what_they_mean_there(alias: Any, name: str)
 
 
 def test_an_object_is_taken_as_it_is() -> None:
-    mine = MixedPrecision(torch.float16, torch.amp.GradScaler("cpu", init_scale=8.0))
+    mine = MixedPrecision("16-mixed", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
     assert precision_of(mine) is mine
     assert Trainer(precision=mine, accelerator="cpu", logger=False).precision_plugin is mine
 
@@ -212,7 +212,7 @@ def test_a_precision_of_ones_own_overrides_what_differs() -> None:
 # ---------------------------------------------------------------- the scaler
 def half() -> MixedPrecision:
     """Return 16-mixed with a scale at which nothing overflows by itself."""
-    return MixedPrecision(torch.float16, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    return MixedPrecision("16-mixed", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
 
 
 class Overflows(Net):
@@ -261,7 +261,7 @@ def test_an_overflow_holds_the_weights_and_the_schedule_back_and_halves_the_scal
 
 def test_the_scale_grows_after_steps_that_went_well() -> None:
     notes = Notes()
-    precision = MixedPrecision(torch.float16, torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2))
+    precision = MixedPrecision("16-mixed", scaler=torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2))
     trainer_of(precision, callbacks=notes).fit(Net(), loader(5))
     assert [row[0] for row in notes.rows] == [4.0, 8.0, 8.0, 16.0, 16.0]
 
@@ -339,7 +339,10 @@ def test_the_scaler_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     trainer.save_checkpoint(file)
     resumed = trainer_of(half(), max_steps=8, max_epochs=-1)
     resumed.fit(second, loader(8), ckpt_path=file)
-    assert resumed.precision_plugin.state_dict() == {**resumed.precision_plugin.state_dict(), "scale": notes.rows[-1][0]}
+    assert resumed.precision_plugin.state_dict() == {
+        **resumed.precision_plugin.state_dict(),
+        "scale": notes.rows[-1][0],
+    }
     assert all(torch.equal(whole.state_dict()[key], value) for key, value in second.state_dict().items())
 
 

@@ -75,7 +75,9 @@ def clip_value(name: str, value: Any) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise WrongTypeException(f"{name} must be a number. Received: {value!r}.")
     if value is not None and math.isnan(value):
-        raise MisconfigurationException(f"{name} must be a number above 0, or None or 0 to clip nothing. Received: nan.")
+        raise MisconfigurationException(
+            f"{name} must be a number above 0, or None or 0 to clip nothing. Received: nan."
+        )
     return value
 
 

@@ -78,15 +78,14 @@ def plugins_of(given: Any) -> dict[str, Any]:
     """Return the plugins by what they are: "precision", "checkpoint_io"; at most one of each."""
     plugins: dict[str, Any] = {}
     for plugin in given if isinstance(given, (list, tuple)) else [] if given is None else [given]:
-        if isinstance(plugin, str):
-            kind, plugin = "precision", precision_of(plugin)
-        elif isinstance(plugin, Precision):
+        if isinstance(plugin, Precision):
             kind = "precision"
         elif isinstance(plugin, CheckpointIO):
             kind = "checkpoint_io"
         else:
             raise MisconfigurationException(
-                f"plugins takes Precision and CheckpointIO objects. Received: {type(plugin).__name__}."
+                f"plugins takes Precision and CheckpointIO objects. Received: {plugin!r}. A precision's name goes to "
+                "precision=."
             )
         if kind in plugins:
             raise MisconfigurationException(f"plugins has two of a kind: {plugins[kind]!r} and {plugin!r}. Give one.")

@@ -43,11 +43,15 @@ def resolve(
             )
         accelerator, devices = ("gpu" if accelerator == "auto" else accelerator), gpus
     if accelerator not in ACCELERATORS:
-        raise MisconfigurationException(f"accelerator must be one of {', '.join(map(repr, ACCELERATORS))}. Received: {accelerator!r}.")
+        raise MisconfigurationException(
+            f"accelerator must be one of {', '.join(map(repr, ACCELERATORS))}. Received: {accelerator!r}."
+        )
     kind = _kind(accelerator)
     indices = _indices(kind, devices)
     if len(indices) > 1:
-        raise MisconfigurationException(f"devices={devices!r} asks for {len(indices)} devices; a run uses one. Give devices=1.")
+        raise MisconfigurationException(
+            f"devices={devices!r} asks for {len(indices)} devices; a run uses one. Give devices=1."
+        )
     return torch.device(kind, indices[0]) if kind == "cuda" else torch.device(kind)
 
 
@@ -76,13 +80,17 @@ def _indices(kind: str, devices: int | str | list[int]) -> list[int]:
         except ValueError:
             parts = []
         if not parts:
-            raise MisconfigurationException(f"devices must be 'auto', a number or a list of indices. Received: {devices!r}.")
+            raise MisconfigurationException(
+                f"devices must be 'auto', a number or a list of indices. Received: {devices!r}."
+            )
         return _existing(kind, parts, devices, count) if "," in devices else _counted(kind, parts[0], devices, count)
     if isinstance(devices, (list, tuple)):
         if not devices:
             raise MisconfigurationException(f"devices={devices!r} names no device; give devices='auto' or devices=1.")
         if kind == "cpu":
-            raise MisconfigurationException(f"devices={devices!r}: a list names accelerators, the cpu has no indices. Give devices=1.")
+            raise MisconfigurationException(
+                f"devices={devices!r}: a list names accelerators, the cpu has no indices. Give devices=1."
+            )
         return _existing(kind, list(devices), devices, count)
     if isinstance(devices, int) and not isinstance(devices, bool):
         return _counted(kind, devices, devices, count)

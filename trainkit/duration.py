@@ -45,13 +45,19 @@ def _read(value: Any, argument: str) -> timedelta:
                 known = ", ".join(_UNITS)
                 raise MisconfigurationException(f"{argument} has no unit {', '.join(unknown)}: a dict takes {known}.")
             if wrong := [unit for unit, n in value.items() if isinstance(n, bool) or not isinstance(n, (int, float))]:
-                raise MisconfigurationException(f"{argument}[{wrong[0]!r}] must be a number. Received: {value[wrong[0]]!r}.")
+                raise MisconfigurationException(
+                    f"{argument}[{wrong[0]!r}] must be a number. Received: {value[wrong[0]]!r}."
+                )
             if any(number != number for number in value.values()):
                 raise MisconfigurationException(f"{argument} must be made of finite numbers. Received: {value!r}.")
             return timedelta(**value)
     except OverflowError as error:
-        raise MisconfigurationException(f"{argument} is longer than a timedelta can be. Received: {value!r}.") from error
+        raise MisconfigurationException(
+            f"{argument} is longer than a timedelta can be. Received: {value!r}."
+        ) from error
     hint = ""
     if isinstance(value, int) and not isinstance(value, bool):
         hint = " In YAML, quote it: unquoted, 01:00:00:00 can be read as one number."
-    raise WrongTypeException(f"{argument} must be {_EXPECTED}. Received: {value!r} of type {type(value).__name__}.{hint}")
+    raise WrongTypeException(
+        f"{argument} must be {_EXPECTED}. Received: {value!r} of type {type(value).__name__}.{hint}"
+    )

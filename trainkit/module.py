@@ -234,7 +234,7 @@ class Module(HyperParameters, nn.Module):
         trainer.update.backward(loss, *args, **kwargs)
         trainer.hooks.on_after_backward()
 
-    def toggle_optimizer(self, optimizer: Optimizer) -> None:
+    def toggle_optimizer(self, optimizer: Optimizer | StepOptimizer) -> None:
         """Turn gradients off for the parameters of all other optimizers, until `untoggle_optimizer`.
 
         What an alternating scheme (a GAN's) does before it computes the loss of one of its parts, so that backward does
@@ -251,13 +251,13 @@ class Module(HyperParameters, nn.Module):
                     before.setdefault(parameter, parameter.requires_grad)
                     parameter.requires_grad = parameter in own and before[parameter]
 
-    def untoggle_optimizer(self, optimizer: Optimizer) -> None:
+    def untoggle_optimizer(self, optimizer: Optimizer | StepOptimizer) -> None:
         """Give every parameter back whether it requires gradients, as it was before `toggle_optimizer`."""
         for parameter, requires_grad in self.__dict__.pop("_toggled", {}).items():
             parameter.requires_grad = requires_grad
 
     @contextmanager
-    def toggled_optimizer(self, optimizer: Optimizer) -> Iterator[None]:
+    def toggled_optimizer(self, optimizer: Optimizer | StepOptimizer) -> Iterator[None]:
         """Toggle an optimizer for a block."""
         self.toggle_optimizer(optimizer)
         try:
@@ -573,7 +573,7 @@ def checked_clip(argument: str, given: Any, of_trainer: Any) -> Any:
         return of_trainer
     if of_trainer is not None and of_trainer != given:
         raise MisconfigurationException(
-            f"clip_gradients({argument}={given!r}), but Trainer({argument}={of_trainer!r}): give the same, or leave one out."
+            f"clip_gradients({argument}={given!r}), but Trainer({argument}={of_trainer!r}). Give the same, or only one."
         )
     if argument == "gradient_clip_algorithm" and str(given).lower() not in ("norm", "value"):
         raise MisconfigurationException(f"{argument} must be 'norm' or 'value'. Received: {given!r}.")

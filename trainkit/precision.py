@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,15 +86,35 @@ class MixedPrecision(Precision):
     update back when a gradient overflowed (Micikevicius et al., Mixed Precision Training, ICLR 2018).
 
     Args:
-        dtype: torch.bfloat16 or torch.float16.
-        scaler: the gradient scaler to use; None makes torch's default one for float16 and none for bfloat16.
+        precision: "16-mixed" or "bf16-mixed".
+        device: the type of device autocast runs for; None takes that of the run.
+        scaler: the gradient scaler to use; None makes torch's default one for float16. bfloat16 needs none.
+
+    Raises:
+        MisconfigurationException: another precision, or a scaler for bfloat16.
     """
 
-    def __init__(self, dtype: torch.dtype, scaler: torch.amp.GradScaler | None = None) -> None:
-        self.dtype = dtype
+    def __init__(
+        self,
+        precision: Literal["16-mixed", "bf16-mixed"],
+        device: str | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        dtypes = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+        if precision not in dtypes:
+            raise MisconfigurationException(
+                f'MixedPrecision: precision must be "16-mixed" or "bf16-mixed". Received: {precision!r}.'
+            )
+        if precision == "bf16-mixed" and scaler is not None:
+            raise MisconfigurationException(
+                f"MixedPrecision: bfloat16 has float32's range and needs no scaler. Received: scaler={scaler!r}. Use "
+                '"16-mixed", or leave the scaler out.'
+            )
+        self.dtype = dtypes[precision]
         self.scaler = scaler
-        self.precision = "bf16-mixed" if dtype is torch.bfloat16 else "16-mixed"
-        self._device_type = "cpu"
+        self.precision = precision
+        self.device = device
+        self._device_type = device or "cpu"
         self._stepped = False
         self._unscaled: set[int] = set()  # optimizers, by id, whose gradients of this step are true already
         self._watched: list[RemovableHandle] = []
@@ -104,7 +124,7 @@ class MixedPrecision(Precision):
         return wrapped
 
     def attach(self, optimizers: list[Optimizer], device: torch.device) -> None:
-        self._device_type = device.type
+        self._device_type = self.device or device.type
         if self.dtype is not torch.float16:
             return
         if self.scaler is None:
@@ -152,20 +172,31 @@ class MixedPrecision(Precision):
             self.scaler.load_state_dict(state)
 
 
+TRUE_DTYPES: dict[str, tuple[torch.dtype, Callable[[nn.Module], nn.Module]]] = {
+    "bf16-true": (torch.bfloat16, nn.Module.bfloat16),
+    "16-true": (torch.float16, nn.Module.half),
+    "64-true": (torch.float64, nn.Module.double),
+}
+
+
 class TruePrecision(Precision):
     """Parameters, floating-point inputs and new tensors all have one dtype.
 
     Args:
-        dtype: torch.bfloat16, torch.float16 or torch.float64.
+        precision: "bf16-true", "16-true" or "64-true".
+
+    Raises:
+        MisconfigurationException: another precision.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.precision, self._cast = {
-            torch.bfloat16: ("bf16-true", nn.Module.bfloat16),
-            torch.float16: ("16-true", nn.Module.half),
-            torch.float64: ("64-true", nn.Module.double),
-        }[dtype]
+    def __init__(self, precision: Literal["bf16-true", "16-true", "64-true"]) -> None:
+        if precision not in TRUE_DTYPES:
+            raise MisconfigurationException(
+                f"{type(self).__name__}: precision must be one of {', '.join(map(repr, TRUE_DTYPES))}. "
+                f"Received: {precision!r}."
+            )
+        self.precision = precision
+        self.dtype, self._cast = TRUE_DTYPES[precision]
 
     @contextmanager
     def init_context(self) -> Iterator[None]:
@@ -194,6 +225,24 @@ class TruePrecision(Precision):
         return run
 
 
+class HalfPrecision(TruePrecision):
+    """Everything in 16 bits.
+
+    Args:
+        precision: "16-true" or "bf16-true".
+    """
+
+    def __init__(self, precision: Literal["bf16-true", "16-true"] = "16-true") -> None:
+        super().__init__(precision)
+
+
+class DoublePrecision(TruePrecision):
+    """Everything in float64."""
+
+    def __init__(self) -> None:
+        super().__init__("64-true")
+
+
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether an optimizer can't step without recomputing the loss, as LBFGS can't."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
@@ -202,11 +251,11 @@ def needs_closure(optimizer: Optimizer) -> bool:
 
 PRECISIONS: dict[str, Callable[[], Precision]] = {
     "32-true": Precision,
-    "bf16-mixed": lambda: MixedPrecision(torch.bfloat16),
-    "16-mixed": lambda: MixedPrecision(torch.float16),
-    "bf16-true": lambda: TruePrecision(torch.bfloat16),
-    "16-true": lambda: TruePrecision(torch.float16),
-    "64-true": lambda: TruePrecision(torch.float64),
+    "bf16-mixed": lambda: MixedPrecision("bf16-mixed"),
+    "16-mixed": lambda: MixedPrecision("16-mixed"),
+    "bf16-true": lambda: HalfPrecision("bf16-true"),
+    "16-true": lambda: HalfPrecision("16-true"),
+    "64-true": DoublePrecision,
 }
 ALIASES = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 

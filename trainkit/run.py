@@ -1,9 +1,9 @@
 """A run: everything between the call of fit, validate, test or predict and its end, around the loops.
 
-    running      set up in Lightning's order, hand over, tear down whatever happens
-      attach       who takes part: module, data module, callbacks, the table of hooks
-      start        data, checkpoint, setup hooks, the model on its device, optimizers
-      tear_down    everything that the run made is given back
+running      set up in Lightning's order, hand over, tear down whatever happens
+  attach       who takes part: module, data module, callbacks, the table of hooks
+  start        data, checkpoint, setup hooks, the model on its device, optimizers
+  tear_down    everything that the run made is given back
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class _Word(str, Enum):
+class _Word(StrEnum):
     """A name that is also the string it stands for."""
 
     def __eq__(self, other: object) -> bool:

@@ -21,20 +21,26 @@ if TYPE_CHECKING:
     from trainkit.callbacks import ProgressBar
     from trainkit.checkpoint.io import CheckpointIO
     from trainkit.data.sources import Clock, Sources
+    from trainkit.hooks import Hooks
     from trainkit.loggers import Logger
     from trainkit.metrics import Metrics
     from trainkit.module import Module
+    from trainkit.optim import Schedules
     from trainkit.precision import Precision
     from trainkit.signals import Interruption
     from trainkit.stages import TrainerState
     from trainkit.state import Progress
     from trainkit.strategies import Strategy
+    from trainkit.update import Update
 
 
 class Status:
     """The read-only side of a Trainer, under Lightning's names. No property communicates between processes."""
 
     module: Module
+    hooks: Hooks
+    schedules: Schedules
+    update: Update
     progress: Progress
     metrics: Metrics
     sources: Sources
@@ -147,7 +153,7 @@ class Status:
     # ---- stage
     @property
     def stage(self) -> str | None:
-        """"fit", "validate", "test" or "predict" while one of them runs, else None."""
+        """ "fit", "validate", "test" or "predict" while one of them runs, else None."""
         return None if self.state.stage is None or self.state.fn is None else str(self.state.fn.value)
 
     @property

@@ -27,7 +27,7 @@ from trainkit.hooks import fitted, is_overridden
 from trainkit.loggers import Logger
 from trainkit.metrics import Metrics
 from trainkit.module import Module
-from trainkit.optim import LRSchedulerConfig, Schedules
+from trainkit.optim import LRSchedulerConfig
 from trainkit.precision import Precision
 from trainkit.random import isolated_random
 from trainkit.run import running
@@ -37,7 +37,7 @@ from trainkit.state import Progress
 from trainkit.status import Status, results_table
 from trainkit.strategies import Strategy
 from trainkit.tree import map_tensors
-from trainkit.update import StepOptimizer, Update
+from trainkit.update import StepOptimizer
 
 if TYPE_CHECKING:
     from trainkit.profiler import Profiler
@@ -204,13 +204,13 @@ class Trainer(Status):
         """
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         anomalies = torch.autograd.set_detect_anomaly(True) if self.detect_anomaly else nullcontext()
-        with running(self, TrainerFn.FITTING, model, datamodule, ckpt_path or self._given_ckpt_path, sources):
-            with self.interruption.listening(), anomalies:
-                self._sanity_check()
-                self._load_data()
-                if not self.done and self.num_training_batches > 0:
-                    loop.fit(self)
-                    self.leave_if_interrupted()  # a signal before the first batch or after the last save
+        run = running(self, TrainerFn.FITTING, model, datamodule, ckpt_path or self._given_ckpt_path, sources)
+        with run, self.interruption.listening(), anomalies:
+            self._sanity_check()
+            self._load_data()
+            if not self.done and self.num_training_batches > 0:
+                loop.fit(self)
+                self.leave_if_interrupted()  # a signal before the first batch or after the last save
 
     def validate(
         self,

@@ -1,8 +1,8 @@
 """How the weights are updated where the loop's own lines do not say it: a module's override points, and closures.
 
-    Update      which parts of an update the module has overridden, worked out once, before the loop
-    Replay      the update through a closure: LBFGS and its like, or a module's own `optimizer_step`
-    StepOptimizer   an optimizer as user code gets it: its `step` goes through precision, hooks and clipping
+Update      which parts of an update the module has overridden, worked out once, before the loop
+Replay      the update through a closure: LBFGS and its like, or a module's own `optimizer_step`
+StepOptimizer   an optimizer as user code gets it: its `step` goes through precision, hooks and clipping
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ class Update:
             self.backward = lambda loss, *args, **kwargs: module.backward(precision.scale(loss), *args, **kwargs)
         if is_overridden(module, "configure_gradient_clipping") or is_overridden(module, "clip_gradients"):
             self.clip = self._clip_as_configured
-        elif trainer.gradient_clip_val:
+        elif trainer.gradient_clip_val is not None and trainer.gradient_clip_val > 0:
             self.clip = self._clip
 
     def _clip(self, optimizer: Optimizer) -> None:
-        trainer, parameters = self.trainer, parameters_of(optimizer)
-        trainer.strategy.clip_gradients(parameters, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+        trainer, limit = self.trainer, self.trainer.gradient_clip_val
+        assert limit is not None
+        trainer.strategy.clip_gradients(parameters_of(optimizer), limit, trainer.gradient_clip_algorithm)
 
     def _clip_as_configured(self, optimizer: Optimizer) -> None:
         trainer = self.trainer
@@ -216,8 +217,8 @@ class StepOptimizer:
         finally:
             module.untoggle_optimizer(self)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self.optimizer)  # so that schedulers and user code take it for what it stands for
 
     def __getattr__(self, name: str) -> Any:

@@ -179,7 +179,7 @@ def rebuild(
             "load_from_checkpoint, or call self.save_hyperparameters() in __init__ before training."
         )
     module = cls(**arguments)
-    if isinstance(module, nn.Module) and is_overridden(module, "configure_model"):
+    if is_overridden(module, "configure_model"):
         module.configure_model()
     module.on_load_checkpoint(checkpoint)
     load_weights(module, checkpoint, path, module.strict_loading if strict is None else strict)

@@ -25,7 +25,7 @@ class BatchSizeFinder(Callback):
         mode: "power" doubles the size until one does not fit; "binsearch" then looks between the last two.
         steps_per_trial: how many steps to run with each size.
         init_val: the first size to try.
-        max_trials: how many sizes to try at most.
+        max_trials: how many sizes to try at most; "binsearch" counts those that fit.
         batch_arg_name: the attribute's name.
         margin: what part of the size found to leave as a reserve, with "binsearch" only.
         max_val: the largest size to try; where memory never runs out, the search ends there.

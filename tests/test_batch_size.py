@@ -40,7 +40,11 @@ def test_the_number_of_tries_is_limited(search: Any) -> None:
     sizes = []
     assert search(lambda size: sizes.append(size) or True, 2, 8192, 3) == 8
     assert sizes == [2, 4, 8]
-    assert search(lambda size: False, 64, 8192, 2) == 16  # the one that would have been next
+
+
+def test_sizes_that_do_not_fit_are_tries_of_doubling_only() -> None:
+    assert doubled(lambda size: False, 64, 8192, 2) == 16  # the one that would have been next
+    assert bisected(lambda size: size <= 50, 2, 8192, 6) == 48  # 2, 4, 8, 16, 32 fit, 64 does not, 48 fits
 
 
 @pytest.mark.parametrize("limit", range(1, 40))

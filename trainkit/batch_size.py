@@ -47,11 +47,14 @@ def doubled(fits: Fits, start: int, most: int, trials: int) -> int:
 
 
 def bisected(fits: Fits, start: int, most: int, trials: int) -> int:
-    """Return the largest size that fits: doubled until one does not, then narrowed down. Arguments as for `doubled`."""
+    """Return the largest size that fits: doubled until one does not, then narrowed down.
+
+    Arguments as for `doubled`, but for `trials`, which counts the sizes that fit.
+    """
     size, best, failed = start, 0, 0
-    for _ in range(trials):
+    while trials > 0:
         if fits(size):
-            best = size
+            best, trials = size, trials - 1
             if size >= most:
                 break
         else:

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from trainkit.errors import MisconfigurationException
+from trainkit.export import Exports
 from trainkit.hparams import HyperParameters
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from trainkit.update import StepOptimizer
 
 
-class Module(HyperParameters, nn.Module):
+class Module(HyperParameters, Exports, nn.Module):
     """What is trained. Write `training_step` and `configure_optimizers`; override anything else you need.
 
     Example:
@@ -46,6 +47,8 @@ class Module(HyperParameters, nn.Module):
 
     automatic_optimization: bool = True
     """Whether the loop runs backward and steps the optimizers; False: `training_step` does."""
+
+    __jit_unused_properties__: ClassVar[list[str]]
 
     # ---------------------------------------------------------------- the steps
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -565,6 +568,14 @@ class Module(HyperParameters, nn.Module):
 
     def teardown(self, stage: str) -> None:
         """Called when a run ends, after an error too."""
+
+
+# torch.jit.script reads a class's annotations, which it can't as strings, and compiles properties; those of a run mean
+# nothing in TorchScript.
+Module.__annotations__ = {}
+Module.__jit_unused_properties__ = [
+    name for base in Module.__mro__ for name, member in vars(base).items() if isinstance(member, property)
+]
 
 
 def checked_clip(argument: str, given: Any, of_trainer: Any) -> Any:

@@ -70,7 +70,7 @@ class Exports:
         if method not in ("script", "trace"):
             raise ValueError(f"method must be 'script' or 'trace'. Received: {method!r}.")
         warnings.warn(
-            "PyTorch gives TorchScript up. torch.export.export(module.eval(), inputs) or module.to_onnx(path) last longer.",
+            "PyTorch gives TorchScript up: use torch.export.export(module.eval(), inputs) or module.to_onnx(path).",
             DeprecationWarning,
             stacklevel=2,
         )

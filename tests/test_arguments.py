@@ -144,7 +144,8 @@ def test_a_floating_point_number_of_numpy_is_a_fraction() -> None:
 def test_counting_batches_across_epochs_needs_a_number_of_them() -> None:
     Trainer(**QUIET, check_val_every_n_epoch=None, val_check_interval=100)  # type: ignore[arg-type]
     Trainer(**QUIET, check_val_every_n_epoch=None, val_check_interval="00:00:10:00")  # type: ignore[arg-type]
-    for interval in (None, 0.5, 1.0):
+    Trainer(**QUIET, check_val_every_n_epoch=None)  # type: ignore[arg-type]
+    for interval in (0.5, 1.0):
         with pytest.raises(
             MisconfigurationException, match="check_val_every_n_epoch=None counts batches across epochs"
         ):
@@ -199,7 +200,7 @@ def test_plugins_bring_a_precision_and_a_place_for_checkpoints() -> None:
 
 def test_limits_that_are_left_out_are_lightnings() -> None:
     trainer = Trainer(**QUIET)  # type: ignore[arg-type]
-    assert (trainer.max_epochs, trainer.max_steps, trainer.min_epochs, trainer.min_steps) == (1000, -1, None, None)
+    assert (trainer.max_epochs, trainer.max_steps, trainer.min_epochs, trainer.min_steps) == (None, -1, None, None)
     assert (trainer.limit_train_batches, trainer.overfit_batches, trainer.val_check_interval) == (1.0, 0.0, 1.0)
     assert (trainer.num_sanity_val_steps, trainer.log_every_n_steps, trainer.check_val_every_n_epoch) == (2, 50, 1)
     assert Trainer(**QUIET, overfit_batches=None).overfit_batches == 0.0  # type: ignore[arg-type]

@@ -26,10 +26,11 @@ def count(name: str, value: Any, *, least: int, required: bool = False, what: st
     return value
 
 
-def trial(value: Any) -> int:
-    """Return fast_dev_run as a number of batches: 1 for True, 0 for False."""
-    number = int(value) if isinstance(value, bool) else value
-    batches: int = count("fast_dev_run", number, least=0, required=True, what="True, False or a number of batches")
+def trial(name: str, value: Any) -> int | bool:
+    """Return fast_dev_run as it was given: whether to, or a number of batches."""
+    if isinstance(value, bool):
+        return value
+    batches: int = count(name, value, least=0, required=True, what="True, False or a number of batches")
     return batches
 
 
@@ -97,7 +98,7 @@ def validation_interval(value: Any, every_n_epoch: int | None) -> float | timede
         raise MisconfigurationException(
             f"val_check_interval={value!r} is never; limit_val_batches=0 turns validation off."
         )
-    if isinstance(interval, float) and every_n_epoch is None:
+    if isinstance(value, float) and every_n_epoch is None:
         raise MisconfigurationException(
             "check_val_every_n_epoch=None counts batches across epochs, so val_check_interval must be a whole number "
             f"of batches or a time. Received: val_check_interval={value!r}."
@@ -127,7 +128,7 @@ def _nodes(name: str, value: Any) -> int:
 
 
 SETTINGS: dict[str, Check] = {
-    "fast_dev_run": lambda _, value: trial(value),
+    "fast_dev_run": trial,
     "max_epochs": _count(-1),
     "max_steps": _count(-1, required=True),
     "min_epochs": _count(0),
@@ -168,13 +169,15 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
     if values["barebones"]:
         _check_barebones(given)
         values.update(log_every_n_steps=0, num_sanity_val_steps=0)
-    if batches := values["fast_dev_run"]:
+    if values["num_sanity_val_steps"] == -1:
+        values["num_sanity_val_steps"] = math.inf
+    if batches := int(values["fast_dev_run"]):
         limits = dict.fromkeys(("train", "val", "test", "predict"), batches)
         values.update({f"limit_{kind}_batches": number for kind, number in limits.items()})
         values.update(max_epochs=1, max_steps=batches, num_sanity_val_steps=0)
         values.update(val_check_interval=1.0, check_val_every_n_epoch=1)
-    if values["max_epochs"] is None:
-        values["max_epochs"] = -1 if values["max_steps"] != -1 or values["max_time"] is not None else 1000
+    if values["max_epochs"] is None and (values["max_steps"] != -1 or values["max_time"] is not None):
+        values["max_epochs"] = -1
     if values["min_epochs"] is None and values["min_steps"] is not None:
         values["min_epochs"] = 1
     return values
@@ -206,7 +209,11 @@ def from_environment(init: F) -> F:
     """
 
     @functools.wraps(init)
-    def with_defaults(self: Any, **given: Any) -> None:
+    def with_defaults(self: Any, *unnamed: Any, **given: Any) -> None:
+        if unnamed:
+            raise WrongTypeException(
+                f"Trainer takes its arguments by name, as in Trainer(max_epochs=3). Received without: {unnamed!r}."
+            )
         prefix = "PL_TRAINER_"
         for variable, text in os.environ.items():
             name = variable.removeprefix(prefix).lower()

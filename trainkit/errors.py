@@ -4,7 +4,8 @@ ValueError
   MisconfigurationException     an argument, a method or a combination of them that can't work
     WrongTypeException          the same, and a TypeError
 RuntimeError
-  CheckpointError               a checkpoint that is missing, damaged, or does not fit
+  CheckpointError               a checkpoint that is damaged, or does not fit
+    NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
 Exception
   SearchOver                    no error: a run that was only made to search for something is over
 """
@@ -32,6 +33,10 @@ class WrongTypeException(MisconfigurationException, TypeError):
 
 class CheckpointError(RuntimeError):
     """Tell why a checkpoint was not written or not loaded; nothing was changed."""
+
+
+class NoCheckpointError(CheckpointError, FileNotFoundError, ValueError):
+    """Tell that there is no such checkpoint, whether a file or "best" and "last" name it."""
 
 
 class SearchOver(Exception):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, warn
 from trainkit.metrics import TRAIN_BATCH
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def fit(trainer: Trainer) -> None:
 
 def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[str, float]]:
     """Run "validation" or "test" over every loader in turn and return what was logged, a dict for each loader."""
-    hooks, metrics, transfer = trainer.hooks.evaluation(stage), trainer.metrics, trainer.transfer
+    hooks, metrics, transfer = trainer.hooks.evaluation(stage, len(loaders)), trainer.metrics, trainer.transfer
     step_name = f"{stage}_step"
     step = trainer.wrapped_step(step_name, len(loaders))
     table = metrics.begin(stage, len(loaders))
@@ -165,7 +165,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[s
 
 def predict(trainer: Trainer, loaders: list[Loader], keep: bool) -> list[Any]:
     """Run `predict_step` over every loader and return what it gave, on the host; a list for each loader."""
-    hooks, metrics, transfer = trainer.hooks.evaluation("predict"), trainer.metrics, trainer.transfer
+    hooks, metrics, transfer = trainer.hooks.evaluation("predict", len(loaders)), trainer.metrics, trainer.transfer
     step = trainer.wrapped_step("predict_step", len(loaders))
     predictions: list[list[Any]] = [[] for _ in loaders]
 
@@ -187,6 +187,8 @@ def predict(trainer: Trainer, loaders: list[Loader], keep: bool) -> list[Any]:
                     predictions[dataloader_idx].append(trainer.to_host(output))
         hooks.epoch_end()
         hooks.end()
+    if any(prediction is None for of_loader in predictions for prediction in of_loader):
+        warn("predict_step returned None. Return the prediction, or call predict with return_predictions=False.")
     return predictions[0] if len(loaders) == 1 else predictions
 
 

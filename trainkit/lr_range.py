@@ -183,6 +183,7 @@ def find_lr(
     finder = LRFinder(mode, min_lr, max_lr, num_training)
     ramp = Ramp(finder, trainer.optimizers[0], early_stop_threshold, trainer.interruption)
     with rehearsal(trainer, [ramp]):
+        trainer.max_steps = trainer.global_step + num_training
         trainer.sources.load_train()
         if trainer.num_training_batches == 0:
             raise MisconfigurationException("the learning-rate finder needs training batches; limit_train_batches=0.")

@@ -67,17 +67,19 @@ def running(
     except SearchOver:
         trainer.strategy.teardown(trainer.module)
         status = "success"
+        trainer.state.status = TrainerStatus.FINISHED
         raise
     except BaseException as error:
         interrupted = trainer.interruption.signal is not None or isinstance(error, KeyboardInterrupt)
         status = "interrupted" if interrupted else "failed"
         trainer.state.status = TrainerStatus.INTERRUPTED
+        trainer.strategy.on_exception(error)
         trainer.hooks.on_exception(error)
         for part in data:
             part.on_exception(error)
         trainer.strategy.teardown(trainer.module)
-        if isinstance(error, KeyboardInterrupt) and not isinstance(error, SystemExit):
-            raise Interrupted(130) from error  # raised by the user's code: it ends a script as Ctrl-C does
+        if type(error) is KeyboardInterrupt and trainer.interruption.signal is None:
+            raise Interrupted(130) from error  # raised by the user's code: it ends a script as the first Ctrl-C does
         raise
     finally:
         tear_down(trainer, fn, data, status)
@@ -113,6 +115,8 @@ def attach(
     trainer.interruption.signal = None
     trainer.metrics = Metrics()
     if fn == TrainerFn.FITTING:
+        if trainer.max_epochs is None:
+            trainer.max_epochs = 1000  # nothing else limits the run
         trainer.optimizers, trainer.lr_scheduler_configs = [], []
     trainer.metrics.hook = "setup"
     module.attach(trainer, trainer.metrics)

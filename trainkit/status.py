@@ -6,11 +6,12 @@ import math
 import os
 import signal
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from trainkit.stages import RunningStage, TrainerStatus
+from trainkit.loops import EvaluationLoop, FitLoop
+from trainkit.stages import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from trainkit.stages import TrainerState
     from trainkit.state import Progress
     from trainkit.strategies import Strategy
+    from trainkit.trainer import Trainer
     from trainkit.update import Update
 
 
@@ -55,10 +57,10 @@ class Status:
     optimizers: list[Optimizer]
     state: TrainerState
     default_root_dir: str
-    fast_dev_run: int
+    fast_dev_run: int | bool
     barebones: bool
     num_nodes: int
-    num_sanity_val_steps: int
+    num_sanity_val_steps: int | float
     log_every_n_steps: int
     limit_train_batches: int | float
     limit_val_batches: int | float
@@ -92,8 +94,13 @@ class Status:
     # ---- counters
     @property
     def current_epoch(self) -> int:
-        """The epoch that is running, from 0; one more after its end."""
-        return self.progress.epoch
+        """The epoch that is running, from 0; one more after its end, which a limit may bring about."""
+        cut_short = self.progress.batch > 0 and not self._fitting and not self.interrupted
+        return self.progress.epoch + cut_short
+
+    @property
+    def _fitting(self) -> bool:
+        return self.state.fn is TrainerFn.FITTING and self.state.status is TrainerStatus.RUNNING
 
     @property
     def global_step(self) -> int:
@@ -226,8 +233,7 @@ class Status:
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
         """Validation batches of each loader that the sanity check tries."""
-        steps = math.inf if self.num_sanity_val_steps == -1 else self.num_sanity_val_steps
-        return [min(steps, number) for number in self.num_val_batches]
+        return [min(self.num_sanity_val_steps, number) for number in self.num_val_batches]
 
     @property
     def num_test_batches(self) -> list[int | float]:
@@ -268,6 +274,27 @@ class Status:
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         """What a sampler needs to know to give each process its part; None with one process."""
         return None
+
+    # ---- Lightning's loops
+    @property
+    def fit_loop(self) -> FitLoop:
+        """The limits and counters of fit, as Lightning code reads and sets them."""
+        return FitLoop(cast("Trainer", self))
+
+    @property
+    def validate_loop(self) -> EvaluationLoop:
+        """The limits of validate."""
+        return EvaluationLoop(cast("Trainer", self), "val")
+
+    @property
+    def test_loop(self) -> EvaluationLoop:
+        """The limits of test."""
+        return EvaluationLoop(cast("Trainer", self), "test")
+
+    @property
+    def predict_loop(self) -> EvaluationLoop:
+        """The limits of predict."""
+        return EvaluationLoop(cast("Trainer", self), "predict")
 
     # ---- components
     @property
@@ -312,8 +339,8 @@ class Status:
 
     @property
     def ckpt_path(self) -> str | os.PathLike[str] | None:
-        """The checkpoint that the run was resumed from. Setting it is as giving `ckpt_path` to each later call."""
-        return (self.resume_path if self.state.stage is not None else None) or self._given_ckpt_path
+        """The checkpoint that this or the last run began from. Set, it is the `ckpt_path` of every later call."""
+        return self.resume_path or self._given_ckpt_path
 
     @ckpt_path.setter
     def ckpt_path(self, path: str | os.PathLike[str] | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,7 +21,7 @@ from trainkit.data.sources import Clock, Sources
 from trainkit.data.transfer import Transfer, check_device
 from trainkit.datamodule import DataModule
 from trainkit.empty_init import EmptyInit
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, NoCheckpointError, warn
 from trainkit.hooks import fitted, is_overridden
 from trainkit.loggers import Logger
 from trainkit.metrics import Metrics
@@ -210,7 +209,7 @@ class Trainer(Status):
             self._load_data()
             if not self.done and self.num_training_batches > 0:
                 loop.fit(self)
-                self.leave_if_interrupted()  # a signal before the first batch or after the last save
+            self.leave_if_interrupted()  # a signal before the first batch or after the last save
 
     def validate(
         self,
@@ -305,9 +304,8 @@ class Trainer(Status):
             with isolated_random():
                 self.hooks.on_sanity_check_start()
             self.sources.load_evaluation("val")
-            most = math.inf if steps == -1 else steps
             with isolated_random():
-                loop.evaluate(self, "validation", [loader.limited_to(most) for loader in self.sources.loaders["val"]])
+                loop.evaluate(self, "validation", [loader.limited_to(steps) for loader in self.sources.loaders["val"]])
                 self.hooks.on_sanity_check_end()
         finally:
             self.state.stage = RunningStage.TRAINING
@@ -371,16 +369,27 @@ class Trainer(Status):
     def _default_checkpoint(
         self, model: Module | None, ckpt_path: str | os.PathLike[str] | None
     ) -> str | os.PathLike[str] | None:
-        """Return "best" when neither a module nor a file is named and this Trainer has saved one."""
-        if model is None and ckpt_path is None and getattr(self.checkpoint_callback, "best_model_path", None):
-            return "best"
-        return ckpt_path
+        """Return "best" when neither a module nor a file is named.
+
+        Raises:
+            NoCheckpointError: this Trainer has not saved one.
+        """
+        if model is not None or ckpt_path is not None or self.model is None:
+            return ckpt_path
+        best: str = getattr(self.checkpoint_callback, "best_model_path", "")
+        if not best:
+            raise NoCheckpointError(
+                "neither a module nor a ckpt_path was given, which means the best checkpoint of the last fit, and this "
+                "Trainer has saved none. Give the module to evaluate it as it is: trainer.test(module)."
+            )
+        warn(f"no module was given: {best}, the best checkpoint of the last fit, is loaded.")
+        return best
 
     # ------------------------------------------------------------------ what the loops ask
     def wrapped_step(self, name: str, num_dataloaders: int = 1) -> Callable[..., Any]:
         """Return a step of the module as the loop calls it, in the run's precision and strategy."""
         given = ("batch", "batch_idx") if name == "training_step" else ("batch", "batch_idx", "dataloader_idx")
-        step = fitted(getattr(self.module, name), name, given, least=1 if num_dataloaders == 1 else 3)
+        step = fitted(getattr(self.module, name), name, given, 1 if num_dataloaders == 1 else 3, num_dataloaders)
         return self.strategy.wrap(self.precision_plugin.wrap(step))
 
     def check_batch(self, batch: Any) -> None:

@@ -157,7 +157,9 @@ class Tuner:
                     getattr(trainer, method)(model, dataloaders, datamodule=datamodule)
         finally:
             seen = {
-                name: getattr(trainer, name) for name in ("module", "datamodule", "sources") if hasattr(trainer, name)
+                name: getattr(trainer, name)
+                for name in ("module", "datamodule", "sources", "state")
+                if hasattr(trainer, name)
             }
             for name in vars(trainer).keys() - before.keys():
                 del vars(trainer)[name]

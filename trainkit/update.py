@@ -40,11 +40,15 @@ class Update:
         if is_overridden(module, "optimizer_zero_grad"):
             self.zero_grad = module.optimizer_zero_grad
         if self.own_backward:
-            self.backward = lambda loss, *args, **kwargs: module.backward(precision.scale(loss), *args, **kwargs)
+            self.backward = self._backward
         if is_overridden(module, "configure_gradient_clipping") or is_overridden(module, "clip_gradients"):
             self.clip = self._clip_as_configured
         elif trainer.gradient_clip_val is not None and trainer.gradient_clip_val > 0:
             self.clip = self._clip
+
+    def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        trainer = self.trainer
+        trainer.module.backward(trainer.precision_plugin.scale(loss), *args, **kwargs)
 
     def _clip(self, optimizer: Optimizer) -> None:
         trainer, limit = self.trainer, self.trainer.gradient_clip_val
@@ -225,6 +229,9 @@ class StepOptimizer:
         if name == "optimizer":  # a copy that is being made has none yet
             raise AttributeError(name)
         return getattr(self.optimizer, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StepOptimizer.__new__, (StepOptimizer,), self.__dict__
 
     def __repr__(self) -> str:
         return f"StepOptimizer({self.optimizer!r})"

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from trainkit.checkpoint import store
-from trainkit.errors import CheckpointError, warn
+from trainkit.errors import CheckpointError, NoCheckpointError, warn
 from trainkit.hooks import is_overridden
 from trainkit.hparams import AttributeDict, plain_hparams
 from trainkit.stages import TrainerFn
@@ -209,14 +209,17 @@ def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str)
     if str(ckpt_path) == "last":
         path = find_last(trainer)
         if path is None and stage != "fit":
-            raise CheckpointError("ckpt_path='last': there is no checkpoint yet. Train first, or name a file.")
+            raise NoCheckpointError("ckpt_path='last': there is no checkpoint yet. Train first, or name a file.")
         if path is None:
             warn("ckpt_path='last': there is no checkpoint yet, the run starts from zero.")
         return path
     if str(ckpt_path) == "best":
+        callbacks = trainer.checkpoint_callbacks
+        if len(callbacks) > 1:
+            warn(f"ckpt_path='best' means the best one of the first of {len(callbacks)} checkpoint callbacks.")
         best = getattr(trainer.checkpoint_callback, "best_model_path", "") or _best_of_newest_run(trainer)
         if not best:
-            raise CheckpointError(
+            raise NoCheckpointError(
                 "ckpt_path='best': this Trainer has not saved a best checkpoint, and neither has the newest run. "
                 "Name a file, or use 'last'."
             )

@@ -71,6 +71,9 @@ class Strategy:
                     if isinstance(value, Tensor) and name != "step" and value.device != parameter.device:
                         state[name] = value.to(parameter.device)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Give up what would keep other processes waiting, when a run fails."""
+
     # ---- between processes; one process is all of them
     def barrier(self, name: str | None = None) -> None:
         """Wait for all processes."""

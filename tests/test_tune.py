@@ -152,6 +152,20 @@ def test_loaders_that_were_handed_over_give_the_same_order_afterwards(TinyModule
     assert torch.equal(orders[0][1], orders[1][1])
 
 
+def test_a_search_looks_like_a_run_that_ended_well(TinyModule: Any, TinyData: Any) -> None:
+    limits = []
+
+    class Asks(TinyModule):  # type: ignore[misc]
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            limits.append((self.trainer.max_steps, self.trainer.fit_loop.max_steps))
+
+    trainer = Trainer(max_epochs=1, max_steps=3, **QUIET)  # type: ignore[arg-type]
+    Tuner(trainer).lr_find(Asks(), datamodule=TinyData(), num_training=12, early_stop_threshold=None)
+    assert limits == [(12, 12)] * 12  # epochs and steps of the run itself do not cut the search
+    assert trainer.state.finished
+    assert (trainer.max_steps, trainer.global_step, trainer.current_epoch, trainer.stage) == (3, 0, 0, None)
+
+
 def test_the_rate_that_was_found_is_set_and_the_search_repeats_itself(capsys: Any) -> None:
     module = Net()
     trainer = Trainer(max_epochs=1, enable_checkpointing=False, logger=False, **QUIET)

@@ -46,7 +46,7 @@ class Net(Module):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-Net.__jit_unused_properties__ = [*Module.__jit_unused_properties__, "width"]
+Net.__jit_unused_properties__ = [*Module.__jit_unused_properties__, "width"]  # type: ignore[attr-defined]
 
 
 class Inner(Module):

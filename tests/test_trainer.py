@@ -456,6 +456,28 @@ def test_a_dataloader_idx_is_handed_on_when_there_are_several_loaders(TinyData: 
     assert ends == [3, 3, 4, 4, 4, 4]
 
 
+def test_validation_that_can_not_happen_is_told_of(TinyModule: Any) -> None:
+    class Trains(TinyModule):  # type: ignore[misc, valid-type]
+        validation_step = Module.validation_step
+
+    loader = torch.utils.data.DataLoader(rows(), 4)
+    with pytest.warns(UserWarning, match="has a validation_step, but there is no val_dataloader"):
+        Trainer(**BARE, max_epochs=1).fit(TinyModule(), loader)
+    with pytest.warns(UserWarning, match="validation loaders but no validation_step"):
+        Trainer(**BARE, max_epochs=1).fit(Trains(), loader, loader)
+
+
+def test_two_callbacks_with_one_state_are_refused_at_once() -> None:
+    for error in (MisconfigurationException, RuntimeError):
+        with pytest.raises(error, match="two callbacks keep their state under"):
+            Trainer(**BARE, callbacks=[EarlyStopping("loss"), EarlyStopping("loss")])
+
+
+def test_predict_needs_a_step_or_a_forward() -> None:
+    with pytest.raises(MisconfigurationException, match="neither predict_step nor forward"):
+        Trainer(**BARE).predict(Module(), torch.utils.data.DataLoader(rows(), 4))
+
+
 def test_predictions_that_are_none_are_told_of(TinyModule: Any) -> None:
     class Silent(TinyModule):  # type: ignore[misc, valid-type]
         def predict_step(self, batch: Any, batch_idx: int) -> None: ...

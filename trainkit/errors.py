@@ -3,6 +3,8 @@
 ValueError
   MisconfigurationException     an argument, a method or a combination of them that can't work
     WrongTypeException          the same, and a TypeError
+    DuplicateStateError         two callbacks with one state; the same, and a RuntimeError
+    MissingMetric               the same, and a RuntimeError
 RuntimeError
   CheckpointError               a checkpoint that is damaged, or does not fit
     NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
@@ -29,6 +31,14 @@ class MisconfigurationException(ValueError):
 
 class WrongTypeException(MisconfigurationException, TypeError):
     """Tell which argument is of a type that can't work."""
+
+
+class DuplicateStateError(MisconfigurationException, RuntimeError):
+    """Tell which callbacks would overwrite each other's state in a checkpoint."""
+
+
+class MissingMetric(MisconfigurationException, RuntimeError):
+    """Tell which metric is watched and never logged."""
 
 
 class CheckpointError(RuntimeError):

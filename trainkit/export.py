@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -23,6 +23,8 @@ from trainkit.moving import move_data_to_device
 
 if TYPE_CHECKING:
     from trainkit.module import Module
+
+T = TypeVar("T", bound=type)
 
 
 class Exports:
@@ -138,6 +140,16 @@ class Exports:
         elif file_path is not None:
             torch_tensorrt.save(compiled, file_path, inputs=inputs, output_format=output_format, retrace=retrace)
         return compiled
+
+
+def scriptable(cls: T) -> T:
+    """Hide from torch.jit.script what it stumbles over in a class: annotations that are strings, and properties."""
+    changed: Any = cls
+    changed.__annotations__ = {}
+    changed.__jit_unused_properties__ = [
+        name for base in changed.__mro__ for name, member in vars(base).items() if isinstance(member, property)
+    ]
+    return cls
 
 
 @contextmanager

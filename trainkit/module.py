@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from trainkit.errors import MisconfigurationException
-from trainkit.export import Exports
+from trainkit.export import Exports, scriptable
 from trainkit.hparams import HyperParameters
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trainkit.update import StepOptimizer
 
 
+@scriptable
 class Module(HyperParameters, Exports, nn.Module):
     """What is trained. Write `training_step` and `configure_optimizers`; override anything else you need.
 
@@ -42,13 +43,17 @@ class Module(HyperParameters, Exports, nn.Module):
     example_input_array: Any = None
     """A batch of inputs to `forward`, for summaries and exports."""
 
+    fabric: None = None
+    """Always None: there is no Fabric here. Lightning code asks for it to see which of the two runs it."""
+
+    device_mesh: Any = None
+    """The device mesh of a strategy that has one, None otherwise."""
+
     strict_loading: bool = True
     """Whether a checkpoint must have exactly this module's parameters and buffers."""
 
     automatic_optimization: bool = True
     """Whether the loop runs backward and steps the optimizers; False: `training_step` does."""
-
-    __jit_unused_properties__: ClassVar[list[str]]
 
     # ---------------------------------------------------------------- the steps
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +71,11 @@ class Module(HyperParameters, Exports, nn.Module):
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Return the predictions for a batch: `self(batch)` if not overridden."""
+        if getattr(self.forward, "__func__", None) is nn.Module.forward:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has neither predict_step nor forward, so it can't predict. Write "
+                "predict_step(self, batch, batch_idx)."
+            )
         return self(args[0] if args else kwargs["batch"])
 
     def configure_optimizers(self) -> Any:
@@ -568,14 +578,6 @@ class Module(HyperParameters, Exports, nn.Module):
 
     def teardown(self, stage: str) -> None:
         """Called when a run ends, after an error too."""
-
-
-# torch.jit.script reads a class's annotations, which it can't as strings, and compiles properties; those of a run mean
-# nothing in TorchScript.
-Module.__annotations__ = {}
-Module.__jit_unused_properties__ = [
-    name for base in Module.__mro__ for name, member in vars(base).items() if isinstance(member, property)
-]
 
 
 def checked_clip(argument: str, given: Any, of_trainer: Any) -> Any:

@@ -157,6 +157,10 @@ class Schedules:
 
     def __init__(self, configs: Sequence[LRSchedulerConfig], trainer: Trainer) -> None:
         self.trainer = trainer
+        self.sort(configs)
+
+    def sort(self, configs: Sequence[LRSchedulerConfig]) -> None:
+        """Take these schedules instead; a callback may change them between epochs."""
         self.by_step = tuple(c for c in configs if c.interval == "step" and not c.reduce_on_plateau)
         self.by_epoch = tuple(c for c in configs if c.interval == "epoch" and not c.reduce_on_plateau)
         self.plateau_by_step = tuple(c for c in configs if c.interval == "step" and c.reduce_on_plateau)

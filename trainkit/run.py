@@ -123,12 +123,6 @@ def attach(
     if datamodule is not None:
         datamodule.trainer = trainer
     trainer.callbacks = components.with_callbacks_of(module, trainer.callbacks)
-    keys = [callback.state_key for callback in trainer.callbacks if callback.state_dict()]
-    for key in {key for key in keys if keys.count(key) > 1}:
-        raise MisconfigurationException(
-            f"two callbacks keep their state under {key!r}: a checkpoint could hold only one of them. "
-            "Give one of the classes a state_key property of its own."
-        )
     trainer.hooks = Hooks(trainer, module, trainer.callbacks)
 
 

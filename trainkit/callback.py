@@ -69,6 +69,9 @@ class Callback:
     saves: ClassVar[bool] = False
     """True for callbacks that write checkpoints: they are moved behind all others."""
 
+    tunes: ClassVar[bool] = False
+    """True for callbacks that find a setting before the run uses it: they are moved before all others."""
+
     @property
     def state_key(self) -> str:
         """Name this callback's state in a checkpoint; two callbacks of one run need two names."""

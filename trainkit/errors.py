@@ -8,6 +8,8 @@ ValueError
 RuntimeError
   CheckpointError               a checkpoint that is damaged, or does not fit
     NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
+Exception
+  SearchOver                    no error: a run that was only made to search for something is over
 """
 
 from __future__ import annotations
@@ -45,6 +47,10 @@ class CheckpointError(RuntimeError):
 
 class NoCheckpointError(CheckpointError, FileNotFoundError, ValueError):
     """Tell that there is no such checkpoint, whether a file or "best" and "last" name it."""
+
+
+class SearchOver(Exception):
+    """End a run from one of its hooks, with its teardown but without telling anybody of an error; then catch it."""
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

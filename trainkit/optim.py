@@ -136,7 +136,9 @@ def scheduler_config(given: Any, module: Module) -> LRSchedulerConfig:
             raise WrongTypeException(
                 f"an lr scheduler needs {', '.join(missing)}, which {type(scheduler).__name__} has not."
             )
-        if not accepts(scheduler.step, int(config.reduce_on_plateau)) and not is_overridden(module, "lr_scheduler_step"):
+        if not accepts(scheduler.step, int(config.reduce_on_plateau)) and not is_overridden(
+            module, "lr_scheduler_step"
+        ):
             raise MisconfigurationException(
                 f"{type(scheduler).__name__}.step can't be called as torch's schedules are: override "
                 "lr_scheduler_step(self, scheduler, metric) and call it there as it wants to be."

@@ -39,10 +39,10 @@ class BatchSizeFinder(Callback):
         Search before a test instead:
 
         >>> class BeforeTest(BatchSizeFinder):
-        ...     def on_fit_start(self, trainer, module):
+        ...     def on_fit_start(self, trainer, pl_module):
         ...         pass
-        ...     def on_test_start(self, trainer, module):
-        ...         self.scale_batch_size(trainer, module)
+        ...     def on_test_start(self, trainer, pl_module):
+        ...         self.scale_batch_size(trainer, pl_module)
     """
 
     tunes = True
@@ -71,7 +71,7 @@ class BatchSizeFinder(Callback):
         self._margin, self._max_val = margin, max_val
         self._early_exit = False  # a Tuner sets it: the run is over when the size is found
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         name = self._batch_arg_name
         if trainer.world_size > 1:
             raise MisconfigurationException("the batch-size finder works on one device only.")
@@ -80,16 +80,16 @@ class BatchSizeFinder(Callback):
                 f"the batch-size finder can't change loaders that were handed to {stage}. Make them in the module's or "
                 f"a data module's {KINDS[stage]}_dataloader, with self.{name}."
             )
-        if not has_attribute(module, name):
+        if not has_attribute(pl_module, name):
             raise MisconfigurationException(
-                f"the batch-size finder looked for {name!r} in {type(module).__name__}, its data module and their "
+                f"the batch-size finder looked for {name!r} in {type(pl_module).__name__}, its data module and their "
                 "hparams. Add it, or name another with batch_arg_name."
             )
-        if stage != "fit" and (trainer.datamodule is not None or not is_overridden(module, "setup")):
+        if stage != "fit" and (trainer.datamodule is not None or not is_overridden(pl_module, "setup")):
             trainer.sources.load_evaluation(KINDS[stage])  # else: they are there only after the module's setup
             self._refuse_several(trainer, stage)
-        if hasattr(module, name) and name in module.hparams:
-            warn(f"{name!r} is an attribute of {type(module).__name__} and one of its hparams; both will be set.")
+        if hasattr(pl_module, name) and name in pl_module.hparams:
+            warn(f"{name!r} is an attribute of {type(pl_module).__name__} and one of its hparams; both will be set.")
 
     def scale_batch_size(self, trainer: Trainer, pl_module: Module) -> None:
         """Search now, for the stage that is running: before its first batch, or when an epoch of training begins."""
@@ -115,15 +115,15 @@ class BatchSizeFinder(Callback):
         if stage != "fit" and len(trainer.sources.num_batches(KINDS[stage])) > 1:
             raise MisconfigurationException(f"the batch-size finder can't tell several {KINDS[stage]} loaders apart.")
 
-    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
-        self.scale_batch_size(trainer, module)
+    def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self.scale_batch_size(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
         if trainer.stage == "validate":
-            self.scale_batch_size(trainer, module)
+            self.scale_batch_size(trainer, pl_module)
 
-    def on_test_start(self, trainer: Trainer, module: Module) -> None:
-        self.scale_batch_size(trainer, module)
+    def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self.scale_batch_size(trainer, pl_module)
 
-    def on_predict_start(self, trainer: Trainer, module: Module) -> None:
-        self.scale_batch_size(trainer, module)
+    def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self.scale_batch_size(trainer, pl_module)

@@ -36,11 +36,11 @@ class LearningRateFinder(Callback):
         Search again at some epochs, for instance after layers were unfrozen:
 
         >>> class AtEpochs(LearningRateFinder):
-        ...     def on_fit_start(self, trainer, module):
+        ...     def on_fit_start(self, trainer, pl_module):
         ...         pass
-        ...     def on_train_epoch_start(self, trainer, module):
+        ...     def on_train_epoch_start(self, trainer, pl_module):
         ...         if trainer.current_epoch in (0, 5, 10):
-        ...             self.lr_find(trainer, module)
+        ...             self.lr_find(trainer, pl_module)
     """
 
     tunes = True
@@ -85,5 +85,5 @@ class LearningRateFinder(Callback):
         if self._early_exit:
             raise SearchOver
 
-    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
-        self.lr_find(trainer, module)
+    def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self.lr_find(trainer, pl_module)

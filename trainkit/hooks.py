@@ -124,7 +124,7 @@ class Hooks:
         calls: list[Call] = [
             checked(getattr(owner, name), name, loaders)
             if owner is module
-            else partial(checked(getattr(owner, name), name, loaders, ("trainer", "module")), trainer, module)
+            else partial(checked(getattr(owner, name), name, loaders, ("trainer", "pl_module")), trainer, module)
             for owner in owners
         ]
         self.answers[name] = [type(owner).__name__ for owner in owners]

@@ -13,7 +13,7 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from trainkit import DataModule, Module, Trainer, seed_everything
 
@@ -26,19 +26,6 @@ def encode(text: str) -> Tensor:
 
 def decode(codes: Tensor) -> str:
     return bytes(codes.tolist()).decode("ascii")
-
-
-class Passages(Dataset[Tensor]):
-    """All passages of `length` + 1 characters that begin at a multiple of `stride`."""
-
-    def __init__(self, text: Tensor, length: int, stride: int) -> None:
-        self.passages = text.unfold(0, length + 1, stride)
-
-    def __len__(self) -> int:
-        return len(self.passages)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.passages[index]
 
 
 class Manual(DataModule):
@@ -55,12 +42,12 @@ class Manual(DataModule):
         self.held_back = encode("\n\n".join(topics[name] for name in held_back))
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        passages = Passages(self.train, self.hparams.length, stride=7)
+        passages = self.train.unfold(0, self.hparams.length + 1, 7)  # one begins at every seventh character
         return DataLoader(passages, self.hparams.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         length = self.hparams.length
-        return DataLoader(Passages(self.held_back, length, stride=length), self.hparams.batch_size)
+        return DataLoader(self.held_back.unfold(0, length + 1, length), self.hparams.batch_size)
 
 
 class CharTransformer(Module):

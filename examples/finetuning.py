@@ -13,7 +13,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from examples.digits import Digits
 from trainkit import Module, Trainer, seed_everything
@@ -96,6 +96,11 @@ class FineTuned(Module):
         return torch.optim.AdamW(trained, self.hparams.lr)
 
 
+def a_fifth_more(epoch: int) -> float:
+    """Return by what the backbone's learning rate is multiplied before each epoch; BackboneFinetuning's own is 2."""
+    return 1.2
+
+
 if __name__ == "__main__":
     for trunk in (None, "digits 0 to 4"):
         seed_everything(42)
@@ -103,6 +108,6 @@ if __name__ == "__main__":
             trainer = Trainer(max_epochs=3, log_every_n_steps=10, default_root_dir="runs/finetuning")
             trainer.fit(FineTuned(), datamodule=SomeDigits([0, 1, 2, 3, 4]))
             trunk = trainer.checkpoint_callback.best_model_path
-        schedule = BackboneFinetuning(unfreeze_backbone_at_epoch=4, train_bn=False, verbose=True)
+        schedule = BackboneFinetuning(unfreeze_backbone_at_epoch=4, lambda_func=a_fifth_more, verbose=True)
         trainer = Trainer(max_epochs=12, callbacks=schedule, log_every_n_steps=1, default_root_dir="runs/finetuning")
         trainer.fit(FineTuned(trunk=trunk), datamodule=SomeDigits([5, 6, 7, 8, 9], per_digit=20))

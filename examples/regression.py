@@ -7,6 +7,7 @@ number of rows. See `sunshine`.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -52,7 +53,7 @@ class Panels(DataModule):
         table = low + (high - low) * torch.rand(self.hparams.rows, len(COLUMNS), generator=generator)
         values = sunshine(table)
         ends = [0, self.hparams.rows * 8 // 10, self.hparams.rows * 9 // 10, self.hparams.rows]
-        parts = [TensorDataset(table[a:b], values[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+        parts = [TensorDataset(table[a:b], values[a:b]) for a, b in itertools.pairwise(ends)]
         self.train, self.validation, self.tests = parts
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:

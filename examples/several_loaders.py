@@ -91,5 +91,5 @@ def disturbed(images: Tensor, strength: float) -> Tensor:
 if __name__ == "__main__":
     for share in (0.0, 1.0):
         seed_everything(42)
-        trainer = Trainer(max_epochs=60, log_every_n_steps=10, default_root_dir="runs/several_loaders")
+        trainer = Trainer(max_epochs=40, log_every_n_steps=10, default_root_dir="runs/several_loaders")
         trainer.fit(FixMatch(share=share), datamodule=FewLabels())

@@ -31,7 +31,7 @@ class Lines(IterableDataset[Line]):
 
     Args:
         files: with the label of each. A worker reads every n-th of them.
-        waiting: how many lines wait to be drawn from; 0 keeps the files' order.
+        waiting: how many lines wait to be drawn from.
     """
 
     def __init__(self, files: list[tuple[Path, int]], waiting: int = 10_000) -> None:
@@ -39,13 +39,10 @@ class Lines(IterableDataset[Line]):
 
     def __iter__(self) -> Iterator[Line]:
         worker = get_worker_info()
-        files = self.files[worker.id :: worker.num_workers] if worker is not None else list(self.files)
+        files = self.files[worker.id :: worker.num_workers] if worker is not None else self.files[:]
+        draw = random.Random(int(torch.randint(2**62, ())))  # from torch's seed: another in each worker and epoch
+        draw.shuffle(files)
         lines = itertools.chain.from_iterable(read(*file) for file in files)
-        if not self.waiting:
-            yield from lines
-            return
-        draw = random.Random(torch.initial_seed())  # in each worker and each epoch another one, from the run's
-        draw.shuffle(files)  # `lines` takes them one by one from here on
         waiting = list(itertools.islice(lines, self.waiting))
         for line in lines:
             place = draw.randrange(len(waiting))
@@ -89,7 +86,7 @@ class Library(DataModule):
         return DataLoader(Lines(self.train), self.hparams.batch_size, num_workers=workers, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(Lines(self.held_back, waiting=0), self.hparams.batch_size, collate_fn=collate)
+        return DataLoader(Lines(self.held_back), self.hparams.batch_size, collate_fn=collate)
 
 
 class LineReader(Module):

@@ -9,23 +9,19 @@ from __future__ import annotations
 import torch
 
 from examples.digits import Digits, DigitsCNN
-from trainkit import Module, Trainer, seed_everything
+from trainkit import Trainer, seed_everything
 from trainkit.callbacks import EMAWeightAveraging
 
 
-def error(trainer: Trainer, module: Module, data: Digits) -> float:
-    """Return the share of the images held back that is read wrongly."""
-    return 1 - trainer.validate(module, datamodule=data, verbose=False)[0]["val/acc"]
-
-
 def train(seed: int, callbacks: list[EMAWeightAveraging]) -> float:
+    """Return the share of the images held back that is read wrongly after five epochs."""
     seed_everything(seed)
     module = DigitsCNN(lr=0.01, lr_decay=1.0)
     trainer = Trainer(
-        max_epochs=5, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_model_summary=False
+        max_epochs=5, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     trainer.fit(module, datamodule=Digits())
-    return error(trainer, module, Digits())
+    return 1 - trainer.validate(module, datamodule=Digits(), verbose=False)[0]["val/acc"]
 
 
 if __name__ == "__main__":

@@ -27,12 +27,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class Lines(IterableDataset[Line]):
-    """Lines of files, in an order that is nearly random, with only a few of them in memory.
-
-    Args:
-        files: with the label of each. A worker reads every n-th of them.
-        waiting: how many lines wait to be drawn from.
-    """
+    """Lines of labelled files, of which each worker reads some, drawn from those `waiting` in memory."""
 
     def __init__(self, files: list[tuple[Path, int]], waiting: int = 10_000) -> None:
         self.files, self.waiting = files, waiting

@@ -108,6 +108,6 @@ if __name__ == "__main__":
             trainer = Trainer(max_epochs=3, log_every_n_steps=10, default_root_dir="runs/finetuning")
             trainer.fit(FineTuned(), datamodule=SomeDigits([0, 1, 2, 3, 4]))
             trunk = trainer.checkpoint_callback.best_model_path
-        schedule = BackboneFinetuning(unfreeze_backbone_at_epoch=4, lambda_func=a_fifth_more, verbose=True)
+        schedule = BackboneFinetuning(unfreeze_backbone_at_epoch=4, lambda_func=a_fifth_more, train_bn=False)
         trainer = Trainer(max_epochs=12, callbacks=schedule, log_every_n_steps=1, default_root_dir="runs/finetuning")
         trainer.fit(FineTuned(trunk=trunk), datamodule=SomeDigits([5, 6, 7, 8, 9], per_digit=20))

@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+import trainkit
 from trainkit import Module, Trainer, seed_everything
 from trainkit.cli import main
 
@@ -33,6 +33,17 @@ SMALL = {
     "streaming": ["--data.num_workers", "1"],
 }
 """Options that make two batches of an example cheap."""
+
+PRINTED = {
+    "char_transformer": r"\nThe for statement.{50}",
+    "ema": r"(error with the weights at the end [0-9.]+ W/m², with their moving average [0-9.]+ W/m²\s*(seed \d)?\s*){3}",
+    "finetuning": r"(?s)done epochs=1.*done epochs=1.*done epochs=1",
+    "gan": r"(?m)(^[ .:+*#%@=-]{160}$\s){8}",
+    "k_fold": r"(?s)accuracy of each fold: (0\.\d{4}(, )?){5}.*mean 0\.\d{4}, standard deviation 0\.\d{4}",
+    "own_callback": "largest gradient of layers",
+    "regression": r"test/error +\d+",
+}
+"""What the scripts print, besides the row of a run that is done."""
 
 Load = Callable[[str], ModuleType]
 
@@ -86,6 +97,19 @@ def test_two_batches_of_the_config_run(name: str, load: Load, capfd: pytest.Capt
     assert list(Path(f"runs/{name}/version_0/checkpoints").glob("*.ckpt"))
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("digits", "fashion_mnist")])
+def test_the_script_runs(
+    name: str, load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    less = {"max_epochs": 1, "max_steps": -1, "val_check_interval": 1.0, "log_every_n_steps": 1, "accelerator": "cpu"}
+    less |= {"limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1}
+    monkeypatch.setattr(trainkit, "Trainer", lambda **options: Trainer(**(options | less)))
+    runpy.run_path(str(CHECKOUT / "examples" / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert re.search(PRINTED.get(name, "done epochs=1"), printed)
+    assert os.listdir() in ([], ["runs"])  # nothing lies around in the user's folder
+
+
 # ---------------------------------------------------------------- each of them
 def test_the_transformer_looks_back_only_and_writes_what_its_text_is_made_of(load: Load) -> None:
     example = load("char_transformer")
@@ -104,7 +128,7 @@ def test_the_transformer_beats_the_letters_frequencies_soon(load: Load) -> None:
     example = load("char_transformer")
     seed_everything(1)
     module, data = example.CharTransformer(length=32, width=32, layers=1), example.Manual(length=32)
-    got = fit(module, data, max_steps=150, limit_val_batches=20, val_check_interval=150)
+    got = fit(module, data, max_steps=100, limit_val_batches=20, val_check_interval=100)
     letters = data.train.bincount(minlength=128).float().add(1)
     expected = -(letters / letters.sum()).log2()[data.held_back].mean()
     assert got["val/bits"] < expected - 0.5
@@ -163,7 +187,7 @@ def test_the_regression_learns_and_its_scale_is_in_the_checkpoint(load: Load) ->
     assert module.state_dict()["scale"][2].tolist() == pytest.approx([12, 3.46], rel=0.05)
 
 
-@pytest.mark.parametrize("workers", [0, 2, 3])
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_each_line_is_read_once_whatever_the_number_of_workers(load: Load, workers: int, tmp_path: Path) -> None:
     example = load("streaming")
     files = [(tmp_path / f"{number}.py", number) for number in range(5)]
@@ -184,7 +208,7 @@ def test_the_reader_of_lines_learns(load: Load) -> None:
     example = load("streaming")
     seed_everything(1)
     data = example.Library(num_workers=0, packages=["asyncio", "email"])
-    assert fit(example.LineReader(classes=2), data, max_epochs=1, limit_train_batches=60)["val/acc"] > 0.75
+    assert fit(example.LineReader(classes=2, lr=0.03), data, max_epochs=1, limit_train_batches=60)["val/acc"] > 0.75
 
 
 def test_the_backbone_is_frozen_first_and_trained_later(load: Load) -> None:
@@ -200,7 +224,7 @@ def test_the_backbone_is_frozen_first_and_trained_later(load: Load) -> None:
             seen.append((kernel.requires_grad, kernel.detach().clone()))
 
     start = kernel.detach().clone()
-    fit(module, data, max_epochs=2, callbacks=Watch(1, example.a_fifth_more), limit_val_batches=0)
+    fit(module, data, max_epochs=2, callbacks=Watch(1, example.a_fifth_more, train_bn=False), limit_val_batches=0)
     assert [trained for trained, _ in seen] == [False, True]
     assert torch.equal(start, seen[0][1])
     assert not torch.equal(start, seen[1][1])
@@ -284,19 +308,3 @@ def test_the_folds_are_disjoint_and_together_everything(load: Load) -> None:
     assert sorted(held_back) == list(range(1797))
     with pytest.raises(ValueError, match="fold must be from 0 to 4"):
         example.Folds(5)
-
-
-def test_cross_validation_gives_each_fold_its_accuracy(load: Load) -> None:
-    accuracies = load("k_fold").cross_validate(folds=2, max_epochs=1)
-    assert len(accuracies) == 2
-    assert all(0.5 < accuracy < 1 for accuracy in accuracies)
-
-
-def test_a_script_runs_as_its_docstring_says() -> None:
-    """One of them; the configs above run what all the others share with their scripts."""
-    paths = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths}
-    script = "import examples.k_fold as e; print(e.cross_validate(2, 1))"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^\[0\.\d+, 0\.\d+\]$", done.stdout, re.MULTILINE)

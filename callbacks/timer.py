@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from trainkit import Callback
 from trainkit.duration import parse_duration
 from trainkit.errors import MisconfigurationException
+from trainkit.stages import RunningStage
 
 if TYPE_CHECKING:
     from trainkit import Module, Trainer
 
-_STAGES = ("train", "validate", "test")
+_STAGES = tuple(stage.value for stage in RunningStage)
 
 
 class Timer(Callback):
@@ -78,11 +79,11 @@ class Timer(Callback):
         return None if self.duration is None else self.duration - self.time_elapsed(stage)
 
     # ---- measuring
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if stage == "fit":
             self._began, self._ended, self._before, self._announced = {}, {}, {}, False
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._begin("train")
         if self.duration is not None:
             deadline = self._began["train"] + self.duration - self._before.get("train", 0.0)
@@ -90,28 +91,28 @@ class Timer(Callback):
             if monotonic() >= deadline:  # resumed from a run whose time was over
                 self._stop(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if monotonic() >= self._deadline:
             self._stop(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         remaining = self.time_remaining()
         if remaining is not None and remaining <= 0:
             self._stop(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._ended["train"] = monotonic()
 
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._begin("validate")
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._ended["validate"] = monotonic()
 
-    def on_test_start(self, trainer: Trainer, module: Module) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._begin("test")
 
-    def on_test_end(self, trainer: Trainer, module: Module) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._ended["test"] = monotonic()
 
     def _begin(self, stage: str) -> None:
@@ -135,5 +136,5 @@ class Timer(Callback):
 
 def _known(stage: str) -> str:
     if stage not in _STAGES:
-        raise ValueError(f'a Timer knows the stages "train", "validate" and "test". Received: {stage!r}.')
+        raise ValueError(f"a Timer knows the stages {', '.join(_STAGES)}. Received: {stage!r}.")
     return stage

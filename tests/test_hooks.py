@@ -67,7 +67,7 @@ def test_callback_and_module_take_what_the_table_says(name: str) -> None:
     assert tuple(inspect.signature(getattr(Callback, name)).parameters) == (
         "self",
         "trainer",
-        "module",
+        "pl_module",
         *ARGUMENTS[name],
     )
     if name not in CALLBACK_ONLY:

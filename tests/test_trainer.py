@@ -456,6 +456,52 @@ def test_a_dataloader_idx_is_handed_on_when_there_are_several_loaders(TinyData: 
     assert ends == [3, 3, 4, 4, 4, 4]
 
 
+def test_validation_that_can_not_happen_is_told_of(TinyModule: Any) -> None:
+    class Trains(TinyModule):  # type: ignore[misc, valid-type]
+        validation_step = Module.validation_step
+
+    loader = torch.utils.data.DataLoader(rows(), 4)
+    with pytest.warns(UserWarning, match="has a validation_step, but there is no val_dataloader"):
+        Trainer(**BARE, max_epochs=1).fit(TinyModule(), loader)
+    with pytest.warns(UserWarning, match="validation loaders but no validation_step"):
+        Trainer(**BARE, max_epochs=1).fit(Trains(), loader, loader)
+
+
+def test_two_callbacks_with_one_state_are_refused_at_once() -> None:
+    for error in (MisconfigurationException, RuntimeError):
+        with pytest.raises(error, match="two callbacks keep their state under"):
+            Trainer(**BARE, callbacks=[EarlyStopping("loss"), EarlyStopping("loss")])
+
+
+def test_predict_needs_a_step_or_a_forward() -> None:
+    with pytest.raises(MisconfigurationException, match="neither predict_step nor forward"):
+        Trainer(**BARE).predict(Module(), torch.utils.data.DataLoader(rows(), 4))
+
+
+def test_a_step_may_take_its_batch_from_an_iterator() -> None:
+    class Pulls(Module):
+        def __init__(self, twice: bool = False) -> None:
+            super().__init__()
+            self.line, self.twice = nn.Linear(3, 1), twice
+
+        def training_step(self, dataloader_iter: Any) -> Any:
+            (x, _), batch_idx, dataloader_idx = next(dataloader_iter)
+            taken.append((tuple(x.shape), batch_idx, dataloader_idx))
+            if self.twice:
+                next(dataloader_iter)
+            return self.line(x).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    taken: list[Any] = []
+    loader = torch.utils.data.DataLoader(rows(), 4)
+    Trainer(**BARE, max_epochs=1).fit(Pulls(), loader)
+    assert taken == [((4, 3), 0, 0), ((4, 3), 1, 0)]
+    with pytest.raises(MisconfigurationException, match="second item from its dataloader_iter"):
+        Trainer(**BARE, max_epochs=1).fit(Pulls(twice=True), loader)
+
+
 def test_predictions_that_are_none_are_told_of(TinyModule: Any) -> None:
     class Silent(TinyModule):  # type: ignore[misc, valid-type]
         def predict_step(self, batch: Any, batch_idx: int) -> None: ...

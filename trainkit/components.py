@@ -15,7 +15,7 @@ from trainkit.accelerators import Accelerator, of_device
 from trainkit.callback import Callback
 from trainkit.checkpoint.io import CheckpointIO
 from trainkit.devices import resolve as resolve_device
-from trainkit.errors import MisconfigurationException, warn
+from trainkit.errors import DuplicateStateError, MisconfigurationException, warn
 from trainkit.hooks import is_overridden
 from trainkit.loggers import Logger
 from trainkit.module import Module
@@ -159,7 +159,7 @@ def callbacks_of(
         argument: str, enabled: bool | None, belongs: Callable[[Any], bool], make: Callable[[], Callback]
     ) -> None:
         there = [callback for callback in callbacks if belongs(callback)]
-        if there and enabled is False:
+        if there and enabled is False and argument != "enable_model_summary":  # that one means the default only
             raise MisconfigurationException(
                 f"{argument}=False, but callbacks has a {type(there[0]).__name__}. Leave one of the two out."
             )
@@ -174,12 +174,23 @@ def callbacks_of(
     complete("enable_checkpointing", enable_checkpointing, lambda c: bool(c.saves), ModelCheckpoint)
     if max_time is not None and not any(isinstance(callback, Timer) for callback in callbacks):
         callbacks.append(Timer(max_time))
-    return savers_last(callbacks)
+    return in_order(callbacks)
 
 
-def savers_last(callbacks: Iterable[Callback]) -> list[Callback]:
-    """Return the callbacks in order, those that write checkpoints behind all others."""
-    return sorted(callbacks, key=lambda callback: callback.saves)
+def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
+    """Return the callbacks in order, those that tune before and those that write checkpoints behind all others.
+
+    Raises:
+        DuplicateStateError: two of them have one name for their state.
+    """
+    ordered = sorted(callbacks, key=lambda callback: callback.saves - callback.tunes)
+    keys = [callback.state_key for callback in ordered if callback.state_dict()]
+    for key in {key for key in keys if keys.count(key) > 1}:
+        raise DuplicateStateError(
+            f"two callbacks keep their state under {key!r}: a checkpoint could hold only one of them. Give one of the "
+            "classes a state_key property of its own."
+        )
+    return ordered
 
 
 def module_of(given: Any, stage: str) -> Module:
@@ -202,7 +213,7 @@ def with_callbacks_of(module: Module, callbacks: list[Callback]) -> list[Callbac
     own = module.configure_callbacks()
     own = list(own) if isinstance(own, Sequence) else [own]
     kept = [callback for callback in callbacks if type(callback) not in {type(other) for other in own}]
-    return savers_last([*kept, *own])
+    return in_order([*kept, *own])
 
 
 def check_can_train(trainer: Trainer) -> None:
@@ -224,6 +235,8 @@ def check_can_train(trainer: Trainer) -> None:
                 raise MisconfigurationException(
                     f"{name}={value} does nothing with automatic_optimization=False: do it in training_step."
                 )
+    if is_overridden(module, "validation_step") and not trainer.sources.has_loader("val"):
+        warn(f"{type(module).__name__} has a validation_step, but there is no val_dataloader: nothing is validated.")
     frozen = [name for name, part in module.named_modules() if not part.training]
     if frozen:
         warn(

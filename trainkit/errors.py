@@ -3,9 +3,13 @@
 ValueError
   MisconfigurationException     an argument, a method or a combination of them that can't work
     WrongTypeException          the same, and a TypeError
+    DuplicateStateError         two callbacks with one state; the same, and a RuntimeError
+    MissingMetricError          the same, and a RuntimeError
 RuntimeError
   CheckpointError               a checkpoint that is damaged, or does not fit
     NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
+Exception
+  SearchOver                    no error: a run that was only made to search for something is over
 """
 
 from __future__ import annotations
@@ -29,6 +33,14 @@ class WrongTypeException(MisconfigurationException, TypeError):
     """Tell which argument is of a type that can't work."""
 
 
+class DuplicateStateError(MisconfigurationException, RuntimeError):
+    """Tell which callbacks would overwrite each other's state in a checkpoint."""
+
+
+class MissingMetricError(MisconfigurationException, RuntimeError):
+    """Tell which metric is watched and never logged."""
+
+
 class CheckpointError(RuntimeError):
     """Tell why a checkpoint was not written or not loaded; nothing was changed."""
 
@@ -37,12 +49,16 @@ class NoCheckpointError(CheckpointError, FileNotFoundError, ValueError):
     """Tell that there is no such checkpoint, whether a file or "best" and "last" name it."""
 
 
-def warn(message: str) -> None:
+class SearchOver(Exception):
+    """End a run from one of its hooks, with its teardown but without telling anybody of an error; then catch it."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line of the user's code that led here, past trainkit's own frames."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _is_ours(file: str) -> bool:

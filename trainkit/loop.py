@@ -199,8 +199,8 @@ def loss_of(output: Any, needs_grad: bool = True) -> Tensor | None:
     """
     loss = output
     if isinstance(output, Mapping):
-        loss = output.get("loss", output)
-    if loss is None:
+        loss = output.get("loss")
+    if output is None:
         return None
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(

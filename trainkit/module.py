@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.errors import MisconfigurationException
+from trainkit.export import Exports, scriptable
 from trainkit.hparams import HyperParameters
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from trainkit.update import StepOptimizer
 
 
-class Module(HyperParameters, nn.Module):
+@scriptable
+class Module(HyperParameters, Exports, nn.Module):
     """What is trained. Write `training_step` and `configure_optimizers`; override anything else you need.
 
     Example:
@@ -40,6 +42,12 @@ class Module(HyperParameters, nn.Module):
 
     example_input_array: Any = None
     """A batch of inputs to `forward`, for summaries and exports."""
+
+    fabric: None = None
+    """Always None: there is no Fabric here. Lightning code asks for it to see which of the two runs it."""
+
+    device_mesh: Any = None
+    """The device mesh of a strategy that has one, None otherwise."""
 
     strict_loading: bool = True
     """Whether a checkpoint must have exactly this module's parameters and buffers."""
@@ -63,6 +71,11 @@ class Module(HyperParameters, nn.Module):
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Return the predictions for a batch: `self(batch)` if not overridden."""
+        if getattr(self.forward, "__func__", None) is nn.Module.forward:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has neither predict_step nor forward, so it can't predict. Write "
+                "predict_step(self, batch, batch_idx)."
+            )
         return self(args[0] if args else kwargs["batch"])
 
     def configure_optimizers(self) -> Any:

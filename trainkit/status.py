@@ -95,11 +95,12 @@ class Status:
     @property
     def current_epoch(self) -> int:
         """The epoch that is running, from 0; one more after its end, which a limit may bring about."""
-        cut_short = self.progress.batch > 0 and not self._fitting and not self.interrupted
+        cut_short = self.progress.batch > 0 and not self.fitting and not self.interrupted
         return self.progress.epoch + cut_short
 
     @property
-    def _fitting(self) -> bool:
+    def fitting(self) -> bool:
+        """Whether fit is running, sanity check and validation included."""
         return self.state.fn is TrainerFn.FITTING and self.state.status is TrainerStatus.RUNNING
 
     @property

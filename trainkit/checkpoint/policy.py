@@ -125,7 +125,10 @@ def keep_last(k: int) -> Keep:
 
 
 def keep_best(k: int, mode: str) -> Keep:
-    """Keep the k best scores; of equal ones the earliest, and anything before a score that is not finite."""
+    """Keep the k best scores, and anything before one that is not finite.
+
+    A new one has to be better than the worst, and of equal ones the earliest goes first.
+    """
     return partial(_best, k, mode)
 
 
@@ -139,7 +142,8 @@ def _last(k: int, saved: Sequence[Saved]) -> Sequence[Saved]:
 
 
 def _best(k: int, mode: str, saved: Sequence[Saved]) -> Sequence[Saved]:
-    ranked = sorted(range(len(saved)), key=lambda index: (rank(saved[index].score, mode), index))
+    new = len(saved) - 1
+    ranked = sorted(range(len(saved)), key=lambda index: (rank(saved[index].score, mode), index == new, -index))
     return [saved[index] for index in sorted(ranked[:k])]
 
 

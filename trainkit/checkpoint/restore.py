@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -32,7 +33,8 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     module, datamodule, progress = trainer.module, trainer.datamodule, trainer.progress
     between_epochs = progress.batch == 0 and progress.epoch > 0
     checkpoint: dict[str, Any] = {
-        "epoch": progress.epoch - between_epochs,  # the epoch that the last finished batch belongs to
+        # while fit runs the epoch that the last finished batch belongs to, afterwards how many there were
+        "epoch": progress.epoch - between_epochs if trainer.fitting else trainer.current_epoch,
         "global_step": progress.step,
         "trainkit_version": __version__,
         "state_dict": module.state_dict(),
@@ -205,7 +207,9 @@ def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str)
         CheckpointError: there is no such checkpoint.
     """
     if ckpt_path is None:
-        return None
+        if stage != "fit" or not _rescued(trainer):
+            return None
+        ckpt_path = "last"  # an earlier fit was cut short, and a callback has what there was
     if str(ckpt_path) == "last":
         path = find_last(trainer)
         if path is None and stage != "fit":
@@ -264,8 +268,12 @@ def find_last(trainer: Trainer) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but none can be read.
     """
-    own = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    own = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks if not hasattr(c, "ckpt_path")]
     folders = [Path(folder) for folder in own if folder]
+    rescued = _rescued(trainer)
+    if rescued:
+        ours = [store.newest(folder) for folder in folders if any(folder.glob("*.ckpt"))]
+        return max([*rescued, *(path for path in ours if path)], key=store.step_of)
     if not folders and trainer.logger is not None and trainer.logger.root_dir:
         root = Path(trainer.logger.root_dir)
         runs = [run for run in root.iterdir() if run.is_dir()] if root.is_dir() else []
@@ -277,6 +285,12 @@ def find_last(trainer: Trainer) -> Path | None:
             continue
         return store.newest(folder)
     return None
+
+
+def _rescued(trainer: Trainer) -> list[Path]:
+    """Return what exists of callbacks with one file of a known name, such as OnExceptionCheckpoint."""
+    named = [getattr(callback, "ckpt_path", None) for callback in trainer.checkpoint_callbacks]
+    return [Path(path) for path in named if path and os.path.exists(path)]
 
 
 def _run_number(run: Path) -> tuple[int, str]:

@@ -48,9 +48,12 @@ class Sources:
         module = trainer.model
         if limit == 0 or module is None or not is_overridden(module, STEP[kind]):
             return False
-        owners = [owner for owner in (trainer.datamodule, module) if owner is not None]
-        given = self.given.get(kind) is not None or any(is_overridden(owner, f"{kind}_dataloader") for owner in owners)
-        return given and self.loaders.get(kind) != []  # asked for, and there was none
+        return self.has_loader(kind) and self.loaders.get(kind) != []  # asked for, and there was none
+
+    def has_loader(self, kind: str) -> bool:
+        """Whether a loader was given, or there is a method that makes one."""
+        owners = [owner for owner in (self.trainer.datamodule, self.trainer.model) if owner is not None]
+        return self.given.get(kind) is not None or any(is_overridden(owner, f"{kind}_dataloader") for owner in owners)
 
     def num_batches(self, kind: str) -> list[int | float]:
         """Return the number of batches of each loader of a kind."""

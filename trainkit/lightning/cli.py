@@ -63,7 +63,7 @@ class SaveConfigCallback(Callback):
     ) -> None:
         if not save_to_log_dir and type(self).save_config is SaveConfigCallback.save_config:
             raise ValueError(
-                f"save_to_log_dir=False saves nothing: {type(self).__name__} has no save_config(trainer, module, "
+                f"save_to_log_dir=False saves nothing: {type(self).__name__} has no save_config(trainer, pl_module, "
                 "stage) of its own. Write one, or use save_config_callback=None."
             )
         self.parser = parser
@@ -74,16 +74,16 @@ class SaveConfigCallback(Callback):
         self.save_to_log_dir = save_to_log_dir
         self.already_saved = False
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if self.already_saved:
             return
         if trainer.is_global_zero:
             if self.save_to_log_dir:
                 self._write(str(trainer.log_dir))
-            self.save_config(trainer, module, stage)
+            self.save_config(trainer, pl_module, stage)
         self.already_saved = True
 
-    def save_config(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def save_config(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Save the config somewhere else too. Called once, in the process that writes."""
 
     def _write(self, folder: str) -> None:

@@ -66,9 +66,7 @@ def test_dir_knows_names_and_submodules() -> None:
 
 
 def test_an_unknown_name_says_what_there_is() -> None:
-    with pytest.raises(
-        AttributeError, match="no .LightningModul. in .*; did you mean 'LightningModule'"
-    ):
+    with pytest.raises(AttributeError, match=r"no .LightningModul. in .*; did you mean 'LightningModule'"):
         _ = L.LightningModul
     with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
         exec("from trainkit.lightning.pytorch.callbacks import Nothing")

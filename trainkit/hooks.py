@@ -172,7 +172,7 @@ def is_overridden(module: object, name: str) -> bool:
     if method is None:
         return False
     function = getattr(method, "__func__", method)
-    return getattr(function, "__module__", "") not in ("trainkit.module", "trainkit.datamodule")
+    return getattr(function, "__module__", "") not in ("trainkit.module", "trainkit.datamodule", "trainkit.data_hooks")
 
 
 def accepts(method: Call, count: int) -> bool:

@@ -12,7 +12,7 @@ from trainkit.errors import MisconfigurationException
 from trainkit.metrics import TRAIN_BATCH
 
 if TYPE_CHECKING:
-    from trainkit.data.loader import Loader
+    from trainkit.data.loader import Batches
     from trainkit.trainer import Trainer
 
 
@@ -34,7 +34,7 @@ def fit(trainer: Trainer) -> None:
         start, gradients = progress.batch, False
         is_last = True  # until a batch says otherwise: a resumed epoch may have none left
         if start == 0:  # else: resumed inside this epoch
-            sources.reload_if_due(progress.epoch)
+            sources.reload_if_due()
             metrics.start_epoch()
             hooks.on_train_epoch_start()
         metrics.hook, metrics.epoch_ended = TRAIN_BATCH, False
@@ -98,7 +98,7 @@ def fit(trainer: Trainer) -> None:
             if trainer.validation_due(is_last):
                 if window_ends:
                     module.zero_grad()
-                evaluate(trainer, "validation", sources.loaders["val"])
+                evaluate(trainer, "validation", sources.validation())
                 metrics.resume_train(TRAIN_BATCH)
                 trainer.is_last_batch = is_last
             if stepped and automatic and schedules.plateau_by_step:
@@ -124,8 +124,13 @@ def fit(trainer: Trainer) -> None:
     hooks.on_train_end()
 
 
-def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[str, float]]:
-    """Run "validation" or "test" over every loader in turn and return what was logged, a dict for each loader."""
+def evaluate(trainer: Trainer, stage: str, loaders: list[Batches]) -> list[dict[str, float]]:
+    """Run "validation" or "test" over every loader in turn and return what was logged, a dict for each loader.
+
+    Loaders that are drawn from at once are one here. Without a batch nothing runs.
+    """
+    if not any(loader.num_batches for loader in loaders):
+        return []
     hooks, metrics, transfer = trainer.hooks.evaluation(stage), trainer.metrics, trainer.transfer
     step_name = f"{stage}_step"
     step = trainer.wrapped_step(step_name, len(loaders))
@@ -136,6 +141,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[s
         hooks.epoch_start()
         metrics.hook = step_name
         for dataloader_idx, loader in enumerate(loaders):
+            which = (dataloader_idx,) if len(loaders) > 1 else ()  # one loader has no number
             table.dataloader_idx = dataloader_idx
             for batch_idx, batch, is_last in loader.epoch(trainer.progress.epoch):
                 trainer.is_last_batch = is_last
@@ -145,7 +151,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[s
                     trainer.check_batch(batch)
                 metrics.batch = batch
                 hooks.batch_start(batch, batch_idx, dataloader_idx)
-                output = step(batch, batch_idx, dataloader_idx)
+                output = step(batch, batch_idx, *which)
                 hooks.batch_end(output, batch, batch_idx, dataloader_idx)
                 if table.logs_steps:
                     trainer.log_metrics(metrics.evaluation_step_metrics(), step=batch_idx)
@@ -157,8 +163,13 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[s
     return results
 
 
-def predict(trainer: Trainer, loaders: list[Loader], keep: bool) -> list[Any]:
-    """Run `predict_step` over every loader and return what it gave, on the host; a list for each loader."""
+def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] | None:
+    """Run `predict_step` over every loader and return what it gave, on the host; a list for each of several loaders.
+
+    Without a batch nothing runs, and there is nothing to return.
+    """
+    if not any(loader.num_batches for loader in loaders):
+        return None
     hooks, metrics, transfer = trainer.hooks.evaluation("predict"), trainer.metrics, trainer.transfer
     step = trainer.wrapped_step("predict_step", len(loaders))
     predictions: list[list[Any]] = [[] for _ in loaders]
@@ -168,6 +179,7 @@ def predict(trainer: Trainer, loaders: list[Loader], keep: bool) -> list[Any]:
         hooks.epoch_start()
         metrics.hook = "predict_step"
         for dataloader_idx, loader in enumerate(loaders):
+            which = (dataloader_idx,) if len(loaders) > 1 else ()
             for batch_idx, batch, is_last in loader.epoch(trainer.progress.epoch):
                 trainer.is_last_batch = is_last
                 if transfer is not None:
@@ -175,7 +187,7 @@ def predict(trainer: Trainer, loaders: list[Loader], keep: bool) -> list[Any]:
                 if batch_idx == 0:
                     trainer.check_batch(batch)
                 hooks.batch_start(batch, batch_idx, dataloader_idx)
-                output = step(batch, batch_idx, dataloader_idx)
+                output = step(batch, batch_idx, *which)
                 hooks.batch_end(output, batch, batch_idx, dataloader_idx)
                 if keep:
                     predictions[dataloader_idx].append(trainer.to_host(output))

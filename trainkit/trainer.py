@@ -531,7 +531,7 @@ class Trainer(Status):
     # ------------------------------------------------------------------ what the loops ask
     def wrapped_step(self, name: str, num_dataloaders: int = 1) -> Callable[..., Any]:
         """Return a step of the module as the loop calls it, in the run's precision and strategy."""
-        given = ("batch", "batch_idx") if name == "training_step" else ("batch", "batch_idx", "dataloader_idx")
+        given = ("batch", "batch_idx", "dataloader_idx") if num_dataloaders > 1 else ("batch", "batch_idx")
         step = fitted(getattr(self.module, name), name, given, least=1 if num_dataloaders == 1 else 3)
         return self.strategy.wrap(self.precision.wrap(step))
 

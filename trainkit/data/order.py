@@ -1,4 +1,4 @@
-"""Which sample is at which position of an epoch: a pure function of (seed, epoch, position)."""
+"""Which sample is at which position of an epoch: a pure function of (seed, epoch, lap, position)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class EpochOrder(Sampler[int]):
     def __init__(self, data: Sized, shuffle: bool, seed: int) -> None:
         self.data, self.shuffle, self.seed = data, shuffle, seed
         self.epoch = 0
+        self.lap = 0
+        """How often the data were gone through before in this epoch: 0, unless they are cycled beside longer ones."""
         self.start = 0
         self.used = False
         """Whether anybody has iterated over it."""
@@ -36,6 +38,7 @@ class EpochOrder(Sampler[int]):
         return iter(torch.randperm(len(self), generator=generator)[self.start :].tolist())
 
     def epoch_seed(self) -> int:
-        """Return the 63-bit seed of the epoch."""
-        digest = hashlib.sha256(f"{self.seed}:{self.epoch}".encode()).digest()
+        """Return the 63-bit seed of the epoch's lap."""
+        lap = f":{self.lap}" if self.lap else ""
+        digest = hashlib.sha256(f"{self.seed}:{self.epoch}{lap}".encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainkit.tree import map_tensors
+from trainkit.tree import to_device
 
 
 class Strategy:
@@ -37,12 +37,7 @@ class Strategy:
 
     def to_device(self, batch: Any) -> Any:
         """Return the batch on the device; copies from pinned memory overlap with what the device does."""
-        device = self.device
-
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
-
-        return map_tensors(move, batch)
+        return to_device(batch, self.device)
 
     def clip_gradients(self, parameters: Iterable[Tensor], limit: float, algorithm: str) -> None:
         """Clip gradients in place: their common norm ("norm") or each element ("value")."""

@@ -14,11 +14,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
-from trainkit.data.order import EpochOrder
+from trainkit.data.order import EpochOrder, SeededBatches, batch_seed
 from trainkit.errors import CheckpointError, MisconfigurationException, warn
-from trainkit.random import draw_seed
+from trainkit.random import all_kept, derived_seed, draw_seed, torch_kept
 
 
 class Batches:
@@ -107,6 +118,8 @@ class Loader(Batches):
         name: how messages call it, "train_dataloader" for example.
         argument: the Trainer argument that the limit came from.
         may_be_empty: a length of 0 is no error.
+        seed: what its order and its data's augmentation are drawn from, unless the DataLoader has a generator; None
+            draws one from torch's.
 
     Raises:
         TypeError: the source is not iterable.
@@ -114,7 +127,14 @@ class Loader(Batches):
     """
 
     def __init__(
-        self, source: Any, *, limit: float = 1.0, name: str, argument: str, may_be_empty: bool = False
+        self,
+        source: Any,
+        *,
+        limit: float = 1.0,
+        name: str,
+        argument: str,
+        may_be_empty: bool = False,
+        seed: int | None = None,
     ) -> None:
         super().__init__(name)
         samples = isinstance(source, Dataset) and not isinstance(source, Iterable)
@@ -126,7 +146,10 @@ class Loader(Batches):
         self.source = source
         self.read_once = isinstance(source, Iterator)
         self.stateful = all(callable(getattr(source, f"{verb}state_dict", None)) for verb in ("", "load_"))
+        self.seed = seed
         self.order: EpochOrder | None = None
+        self._generator: torch.Generator | None = None  # the DataLoader's, seeded for each epoch
+        self._may_draw = False  # loading a batch may draw random numbers in this process
         self._uses_order = False  # an __iter__ of a subclass may bring an order of its own: seen when it is called
         self.batch_size = 1
         self.iterable: Any = source
@@ -152,31 +175,45 @@ class Loader(Batches):
         if loader.num_workers > 0:
             attributes["worker_init_fn"] = IgnoreInterrupts(loader.worker_init_fn)
         batches, sampler = loader.batch_sampler, sampler_of(loader)
+        given = getattr(sampler, "generator", None) or loader.generator
+        if given is not None or self.seed is None:
+            self.seed = draw_seed(given)
         shuffled = (
             type(sampler) is RandomSampler
             and not sampler.replacement
             and sampler.num_samples == length_of(sampler.data_source)
         )
         if type(batches) not in (BatchSampler, type(None)) or not (shuffled or type(sampler) is SequentialSampler):
+            self._may_draw = True
+            if loader.generator is None:
+                attributes["generator"] = self._generator = torch.Generator()
             return adapted
-        seed = draw_seed(sampler.generator if shuffled else None)
-        self.order = EpochOrder(sampler.data_source, shuffled, seed)
+        self._may_draw = loader.num_workers == 0 and not draws_nothing(loader)
+        self.order = EpochOrder(sampler.data_source, shuffled, self.seed)
         self._uses_order = type(loader).__iter__ is DataLoader.__iter__
         attributes["sampler"] = self.order
-        attributes["generator"] = torch.Generator()  # seeded for each epoch; the run's own random state is left alone
+        attributes["generator"] = self._generator = torch.Generator()
         if isinstance(batches, BatchSampler):
             self.batch_size = batches.batch_size
-            attributes["batch_sampler"] = BatchSampler(self.order, batches.batch_size, batches.drop_last)
+            kind = SeededBatches if loader.num_workers > 0 else BatchSampler
+            attributes["batch_sampler"] = kind(self.order, batches.batch_size, batches.drop_last)
         return adapted
 
     def open(self, epoch: int, start: int = 0, lap: int = 0) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of a lap of an epoch."""
         batches: Iterator[Any]
         order = self.order
+        if not isinstance(self.iterable, DataLoader) or self.stateful:
+            set_epoch(self.iterable, epoch)
+            if self.stateful:
+                return self._open_stateful(start, lap)
+            return self._fast_forward(iter(self.iterable), start)
+        seed = derived_seed(self.seed or 0, epoch, *[lap] * (lap > 0))
+        if self._generator is not None:
+            self._generator.manual_seed(seed)
         if order is not None:
             order.epoch, order.lap, order.start = epoch, lap, start * self.batch_size
-            self.iterable.generator.manual_seed(order.epoch_seed())
-            batches = iter(self.iterable)
+            batches = self._seeded(iter(self.iterable), seed, start, start) if self._may_draw else iter(self.iterable)
             if self._uses_order:
                 return batches
             first = list(itertools.islice(batches, 1))
@@ -186,9 +223,20 @@ class Loader(Batches):
             if order.used or start == 0:
                 return itertools.chain(first, batches)
         set_epoch(self.iterable, epoch)
-        if self.stateful:
-            return self._open_stateful(start, lap)
-        return self._fast_forward(iter(self.iterable), start)
+        return self._fast_forward(self._seeded(all_kept(seed, iter, self.iterable), seed, 0, start), start)
+
+    @staticmethod
+    def _seeded(batches: Iterator[Any], seed: int, index: int, start: int) -> Iterator[Any]:
+        """Load each batch with random sources that are a function of its index.
+
+        Up to the first batch that is asked for the run's own random state is kept as a checkpoint brought it; later
+        torch's is, while python's and numpy's go on from what the batch left, which is a function of its index, too.
+        """
+        while (
+            batch := (torch_kept if index > start else all_kept)(batch_seed(seed, index), next, batches, batches)
+        ) is not (batches):
+            yield batch
+            index += 1
 
     def _fast_forward(self, batches: Iterator[Any], start: int) -> Iterator[Any]:
         if start:
@@ -236,12 +284,17 @@ class Loader(Batches):
 
     def continue_order(self, before: Loader) -> None:
         """Draw the order from the seed of the loader that this one replaces."""
-        if self.order is not None and before.order is not None:
-            self.order.seed = before.order.seed
+        self.reseed(before.seed)
+
+    def reseed(self, seed: int | None) -> None:
+        """Draw from another seed."""
+        self.seed = seed
+        if self.order is not None and seed is not None:
+            self.order.seed = seed
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order is drawn from, and the position of a source that keeps its own."""
-        state: dict[str, Any] = {"seed": self.order.seed if self.order is not None else None}
+        state: dict[str, Any] = {"seed": self.seed}
         if self.stateful:
             state["source"] = {"state": self._state, "finished": self._finished, "over": self._over}
         return state
@@ -250,8 +303,8 @@ class Loader(Batches):
         """Take back what `state_dict` returned."""
         if "seed" not in state:
             raise CheckpointError(f"{self.name} is one loader, the checkpoint was written with several.")
-        if self.order is not None and state["seed"] is not None:
-            self.order.seed = state["seed"]
+        if state["seed"] is not None:
+            self.reseed(state["seed"])
         if self.stateful and "source" in state:
             source = state["source"]
             self._state, self._finished, self._over = source["state"], source["finished"], source["over"]
@@ -262,6 +315,20 @@ def sampler_of(loader: DataLoader[Any]) -> Any:
     """Return what decides the order of a DataLoader's samples."""
     batches = loader.batch_sampler
     return batches.sampler if type(batches) is BatchSampler else loader.sampler
+
+
+def draws_nothing(loader: DataLoader[Any]) -> bool:
+    """Whether making a batch surely draws no random number: torch's own data sets, put together in torch's own way."""
+    data, plain = [loader.dataset], (TensorDataset, torch.Tensor, list, tuple, range)
+    while data:
+        part: Any = data.pop()
+        if type(part) is Subset:
+            data.append(part.dataset)
+        elif type(part) is ConcatDataset:
+            data.extend(part.datasets)
+        elif type(part) not in plain:
+            return False
+    return loader.collate_fn is default_collate
 
 
 def set_epoch(iterable: Any, epoch: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sized
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
+
+from trainkit.random import derived_seed, seed_host
 
 
 class EpochOrder(Sampler[int]):
@@ -39,6 +40,40 @@ class EpochOrder(Sampler[int]):
 
     def epoch_seed(self) -> int:
         """Return the 63-bit seed of the epoch's lap."""
-        lap = f":{self.lap}" if self.lap else ""
-        digest = hashlib.sha256(f"{self.seed}:{self.epoch}{lap}".encode()).digest()
-        return int.from_bytes(digest[:8], "little") >> 1
+        return derived_seed(self.seed, self.epoch, *[self.lap] * (self.lap > 0))
+
+
+def batch_seed(epoch_seed: int, batch_idx: int) -> int:
+    """Return what the random sources begin with when a batch is loaded."""
+    return epoch_seed + 1 + batch_idx
+
+
+class SeededBatches(BatchSampler):
+    """Batches of an order for worker processes: what a data set draws at random in there is a function of the batch."""
+
+    def __init__(self, order: EpochOrder, batch_size: int, drop_last: bool) -> None:
+        super().__init__(order, batch_size, drop_last)
+        self.order = order
+
+    def __iter__(self) -> Iterator[list[int]]:
+        seed = batch_seed(self.order.epoch_seed(), self.order.start // self.batch_size)
+        for number, indices in enumerate(super().__iter__()):
+            yield SeededIndices(indices, seed + number)
+
+
+class SeededIndices(list[int]):
+    """The samples of a batch. Whoever goes through them in order to load them has fresh random sources.
+
+    So a worker draws the same whichever of them it is and whatever it loaded before.
+    """
+
+    def __init__(self, indices: list[int], seed: int) -> None:
+        super().__init__(indices)
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[int]:
+        seed_host(self.seed)
+        return super().__iter__()
+
+    def __reduce__(self) -> tuple[type, tuple[list[int], int]]:
+        return SeededIndices, (self[:], self.seed)  # a slice is plain, and is made without going through the samples

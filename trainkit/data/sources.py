@@ -13,6 +13,7 @@ from trainkit.data.combined import Combination, CombinedLoader, Mode, flattened,
 from trainkit.data.loader import Batches, Loader, in_sequence
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
+from trainkit.random import derived_seed
 
 if TYPE_CHECKING:
     from trainkit.module import Module
@@ -27,11 +28,13 @@ class Sources:
     Args:
         trainer: whose settings limit it.
         given: the loaders that the call brought, by kind: "train", "val", "test", "predict".
+        seed: what the loaders' own seeds are derived from, by kind and place: whichever is asked for first.
     """
 
-    def __init__(self, trainer: Trainer, given: Mapping[str, Any]) -> None:
+    def __init__(self, trainer: Trainer, given: Mapping[str, Any], seed: int = 0) -> None:
         self.trainer = trainer
         self.given = given
+        self.seed = seed
         self.loaders: dict[str, list[Batches]] = {}
         """What a loop goes through, one after the other, by kind."""
         self.objects: dict[str, Any] = {}
@@ -196,8 +199,15 @@ class Sources:
         may_be_empty = any(getattr(o, "allow_zero_length_dataloader_with_multiple_devices", False) for o in owners)
         names = [name] if len(leaves) == 1 else [f"{name} {index}" for index in range(len(leaves))]
         loaders = [
-            Loader(leaf, limit=limit, name=leaf_name, argument=argument, may_be_empty=may_be_empty)
-            for leaf, leaf_name in zip(leaves, names, strict=True)
+            Loader(
+                leaf,
+                limit=limit,
+                name=leaf_name,
+                argument=argument,
+                may_be_empty=may_be_empty,
+                seed=derived_seed(self.seed, kind, index),
+            )
+            for index, (leaf, leaf_name) in enumerate(zip(leaves, names, strict=True))
         ]
         if mode == "sequential" or leaves[0] is source:
             return list(loaders)
@@ -219,12 +229,17 @@ class Sources:
 
     # ------------------------------------------------------------------ resume
     def state_dict(self) -> dict[str, Any]:
-        """Return where the training data are, and when loaders were asked for."""
-        return {"train": self.train.state_dict(), "asked": dict(self._asked)}
+        """Return where the training data are, what every order is drawn from, and when loaders were asked for."""
+        seeds = [part.seed for loader in self.loaders.get("val", []) for part in loader.parts]
+        return {"seed": self.seed, "train": self.train.state_dict(), "val": seeds, "asked": dict(self._asked)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self.train.load_state_dict(state.get("train", state))
+        self.seed = state.get("seed", self.seed) if "train" in state else self.seed
+        parts = [part for loader in self.loaders.get("val", []) for part in loader.parts]
+        for part, seed in zip(parts, state.get("val", []), strict=False):
+            part.reseed(seed)
         self._asked = dict(state.get("asked", dict.fromkeys(self._asked, self.trainer.current_epoch)))
 
     def close(self) -> None:

@@ -104,7 +104,7 @@ def fit(trainer: Trainer) -> None:
             if trainer.validation_due(is_last):
                 if window_ends:
                     module.on_validation_model_zero_grad()
-                evaluate(trainer, "validation", sources.loaders["val"])
+                evaluate(trainer, "validation", sources.validation())
                 metrics.resume_train(TRAIN_BATCH)
                 trainer.is_last_batch = is_last
             if stepped and automatic and schedules.plateau_by_step:

@@ -92,6 +92,12 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
 
 
+def seed_of_state() -> int:
+    """Return a 63-bit seed that is a function of torch's random state, which stays as it is."""
+    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def derived_seed(*parts: int | str) -> int:
     """Return a 63-bit seed that is a pure function of the parts."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()

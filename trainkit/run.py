@@ -26,7 +26,7 @@ from trainkit.hparams import merged_hparams
 from trainkit.metrics import Metrics
 from trainkit.module import Module
 from trainkit.optim import Schedules, configure
-from trainkit.random import draw_seed
+from trainkit.random import seed_of_state
 from trainkit.signals import Interrupted
 from trainkit.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainkit.update import StepOptimizer, Update
@@ -103,7 +103,7 @@ def attach(
     trainer.module = module
     trainer.datamodule = datamodule
     trained = trainer.sources.loaders.get("train") if fn != TrainerFn.FITTING else None
-    trainer.sources = Sources(trainer, sources, draw_seed())
+    trainer.sources = Sources(trainer, sources, seed_of_state())
     if trained is not None:  # so that what fit left behind can still be saved
         trainer.sources.loaders["train"] = trained
     trainer.state = TrainerState(TrainerStatus.RUNNING, fn, LOOP[fn])

@@ -234,7 +234,8 @@ class Status:
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
         """Validation batches of each loader that the sanity check tries."""
-        return [min(self.num_sanity_val_steps, number) for number in self.num_val_batches]
+        batches = self.num_val_batches if self.state.fn is TrainerFn.FITTING else []
+        return [min(self.num_sanity_val_steps, number) for number in batches]
 
     @property
     def num_test_batches(self) -> list[int | float]:

@@ -408,17 +408,25 @@ def test_a_loader_that_gives_nothing_is_refused_when_it_is_wrapped(
 
 
 def test_a_loader_that_turns_out_to_be_empty_is_an_error() -> None:
-    with pytest.raises(MisconfigurationException, match=r"train_dataloader yielded no batch\.$"):
-        taken(wrapped(Claims(0)))
     with pytest.raises(MisconfigurationException, match="yielded no batch although its length is 4"):
         taken(wrapped(Claims(0, 4)))
+    trainer = trainer_of(max_epochs=-1, max_steps=1)
+    with pytest.raises(MisconfigurationException, match="no batch, and max_epochs=-1 would wait for it forever"):
+        trainer.fit(Line(), Claims(0))
 
 
-def test_a_generator_lasts_for_one_epoch_and_the_error_says_so() -> None:
+def test_a_stream_without_a_batch_ends_the_epoch_at_once_with_a_warning() -> None:
+    trainer = trainer_of(max_epochs=2)
+    with pytest.warns(UserWarning, match="train_dataloader yielded no batch: the epoch is over at once"):
+        trainer.fit(Line(), Claims(0))
+    assert (trainer.current_epoch, trainer.global_step) == (2, 0)
+
+
+def test_a_generator_lasts_for_one_epoch_and_the_warning_says_so() -> None:
     loader = wrapped(batch for batch in range(3))
     assert [batch for _, batch, _ in taken(loader)] == [0, 1, 2]
-    with pytest.raises(MisconfigurationException, match="A generator can be read once only"):
-        taken(loader, 1)
+    with pytest.warns(UserWarning, match="A generator can be read once only"):
+        assert taken(loader, 1) == []
 
 
 @pytest.mark.parametrize("source", [3, None, object(), Numbers, "batches"], ids=repr)

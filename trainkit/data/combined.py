@@ -49,7 +49,7 @@ class CombinedLoader:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}. Received: {mode!r}.")
         self.mode: Mode = mode
-        self._iterables = iterables
+        self._iterables = self._structure = iterables  # whatever comes into its places, what was given is the structure
         self._flattened = flattened(iterables)
         self._limits: list[int | float] | None = None
         self._iterator: Iterator[Item] | None = None
@@ -67,7 +67,7 @@ class CombinedLoader:
     @flattened.setter
     def flattened(self, iterables: list[Any]) -> None:
         self._check_count("flattened", iterables)
-        self._iterables = refilled(self._iterables, iterables)
+        self._iterables = refilled(self._structure, iterables)
         self._flattened = iterables
 
     @property
@@ -81,7 +81,7 @@ class CombinedLoader:
         return self._each("batch_sampler")
 
     def _each(self, name: str) -> Any:
-        return refilled(self._iterables, [getattr(iterable, name, None) for iterable in self._flattened])
+        return refilled(self._structure, [getattr(iterable, name, None) for iterable in self._flattened])
 
     @property
     def limits(self) -> list[int | float] | None:
@@ -114,7 +114,7 @@ class CombinedLoader:
             opened = [iter(iterable) for iterable in self._flattened]
             rounds = combine(self.mode, opened, lambda index, _: iter(self._flattened[index]))
             self._iterator = (
-                (refilled(self._iterables, batches), batch_idx, 0) for batch_idx, batches in enumerate(rounds)
+                (refilled(self._structure, batches), batch_idx, 0) for batch_idx, batches in enumerate(rounds)
             )
         return self
 

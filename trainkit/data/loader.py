@@ -43,6 +43,8 @@ class Batches:
     """How many batches an epoch says it has; infinity when it does not say."""
     num_batches: int | float
     """How many of them are taken."""
+    must_yield = False
+    """Whether an epoch without a batch is an error, even when no length promises one."""
     read_once = False
     """Whether it is an iterator, which gives its batches once and never again."""
 
@@ -76,7 +78,7 @@ class Batches:
         batch = next(batches, batches)
         if batch is batches:
             if start == 0:
-                raise self._no_batch()
+                self._tell_of_no_batch()
             return
         while index + 1 < limit:  # at the limit there is nothing to look ahead for
             following = next(batches, batches)
@@ -91,10 +93,16 @@ class Batches:
             )
         yield index, batch, True
 
-    def _no_batch(self) -> MisconfigurationException:
-        claim = f" although its length is {self.claimed}" if self.claimed != math.inf else ""
+    def _tell_of_no_batch(self) -> None:
         once = " A generator can be read once only; give something that can be iterated over again."
-        return MisconfigurationException(f"{self.name} yielded no batch{claim}.{once if self.read_once else ''}")
+        message = f"{self.name} yielded no batch%s.{once if self.read_once else ''}"
+        if self.claimed != math.inf:
+            raise MisconfigurationException(message % f" although its length is {self.claimed}")
+        if self.must_yield:
+            raise MisconfigurationException(message % ", and max_epochs=-1 would wait for it forever")
+        if not self._warned:
+            self._warned = True
+            warn(message % ": the epoch is over at once")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order is drawn from and where it is."""

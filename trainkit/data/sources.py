@@ -88,6 +88,7 @@ class Sources:
                 "(torch.utils.data.ConcatDataset)."
             )
         self.loaders["train"] = loaders
+        self.train.must_yield = trainer.max_epochs == -1
         batches = self.train.num_batches
         self.val_every = self._validation_interval(batches)
         updates = batches / trainer.accumulate_grad_batches

@@ -162,6 +162,8 @@ def configure_optimizers(trainer: Trainer) -> None:
 
 def log_hyperparameters(trainer: Trainer) -> None:
     """Hand the module's and the data module's hyperparameters, and the graph, to the loggers, once a run."""
+    if not trainer.loggers:
+        return
     hparams = merged_hparams([owner for owner in (trainer.module, trainer.datamodule) if owner is not None])
     for logger in trainer.loggers:
         if hparams:

@@ -275,7 +275,7 @@ class Status:
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         """What a sampler needs to know to give each process its part; None with one process."""
-        return None
+        return self.strategy.distributed_sampler_kwargs
 
     # ---- Lightning's loops
     @property

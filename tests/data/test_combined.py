@@ -26,7 +26,7 @@ BARE: dict[str, Any] = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
 }
-Pair = namedtuple("Pair", "x y")  # noqa: PYI024  what users have
+Pair = namedtuple("Pair", "x y")
 
 
 def numbers(size: int, **settings: Any) -> DataLoader[Any]:
@@ -100,7 +100,7 @@ def test_limits_are_for_each_or_for_all() -> None:
     combined.limits = 2
     assert combined.limits == [2, 2]
     assert len(iter(combined)) == 2
-    with pytest.raises(ValueError, match="limits must have one entry for each of the 2 iterables. Received: 3"):
+    with pytest.raises(ValueError, match=r"limits must have one entry for each of the 2 iterables. Received: 3"):
         combined.limits = [1, 2, 3]
 
 
@@ -121,7 +121,7 @@ def test_what_loaders_have_in_common_is_shown_in_their_structure() -> None:
 
 
 def test_a_mode_that_there_is_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="mode must be one of 'min_size'.*Received: 'longest'"):
+    with pytest.raises(ValueError, match=r"mode must be one of 'min_size'.*Received: 'longest'"):
         CombinedLoader([], "longest")  # type: ignore[arg-type]
 
 

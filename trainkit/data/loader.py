@@ -19,6 +19,7 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -27,7 +28,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from trainkit.data.order import EpochOrder, SeededBatches, batch_seed
+from trainkit.data.distributed import UnrepeatedDistributedSampler
+from trainkit.data.order import DealtOrder, EpochOrder, SeededBatches, batch_seed
 from trainkit.errors import CheckpointError, MisconfigurationException, warn
 from trainkit.random import all_kept, derived_seed, draw_seed, torch_kept
 
@@ -191,13 +193,18 @@ class Loader(Batches):
             and not sampler.replacement
             and sampler.num_samples == length_of(sampler.data_source)
         )
-        if type(batches) not in (BatchSampler, type(None)) or not (shuffled or type(sampler) is SequentialSampler):
+        is_dealt = type(sampler) in (DistributedSampler, UnrepeatedDistributedSampler)
+        known = shuffled or is_dealt or type(sampler) is SequentialSampler
+        if type(batches) not in (BatchSampler, type(None)) or not known:
             self._may_draw = True
             if loader.generator is None:
                 attributes["generator"] = self._generator = torch.Generator()
             return adapted
         self._may_draw = loader.num_workers == 0 and not draws_nothing(loader)
-        self.order = EpochOrder(sampler.data_source, shuffled, self.seed)
+        if is_dealt:
+            self.order = DealtOrder(sampler, self.seed)
+        else:
+            self.order = EpochOrder(sampler.data_source, shuffled, self.seed)
         self._uses_order = type(loader).__iter__ is DataLoader.__iter__
         attributes["sampler"] = self.order
         attributes["generator"] = self._generator = torch.Generator()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sized
+from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, Sampler
+from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from trainkit.random import derived_seed, seed_host
 
@@ -41,6 +43,24 @@ class EpochOrder(Sampler[int]):
     def epoch_seed(self) -> int:
         """Return the 63-bit seed of the epoch's lap."""
         return derived_seed(self.seed, self.epoch, *[self.lap] * (self.lap > 0))
+
+
+class DealtOrder(EpochOrder):
+    """The part of one process, in the order in which a DistributedSampler deals it out.
+
+    Args:
+        sampler: whose order is a function of its own seed and the epoch that it is told.
+        seed: for what the data draw at random.
+    """
+
+    def __init__(self, sampler: DistributedSampler[Any], seed: int) -> None:
+        super().__init__(sampler, sampler.shuffle, seed)
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[int]:
+        self.used = True
+        self.sampler.set_epoch(self.epoch)
+        return itertools.islice(iter(self.sampler), self.start, None)
 
 
 def batch_seed(epoch_seed: int, batch_idx: int) -> int:

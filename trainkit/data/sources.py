@@ -10,12 +10,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from trainkit.data.combined import Combination, CombinedLoader, Mode, flattened, refilled
+from trainkit.data.distributed import dealt, needs_dealing
 from trainkit.data.loader import Batches, Loader, in_sequence
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
 from trainkit.random import derived_seed
 
 if TYPE_CHECKING:
+    from trainkit.datamodule import DataModule
     from trainkit.module import Module
     from trainkit.trainer import Trainer
 
@@ -60,8 +62,13 @@ class Sources:
 
     def has_loader(self, kind: str) -> bool:
         """Whether a loader was given, or there is a method that makes one."""
-        owners = [owner for owner in (self.trainer.datamodule, self.trainer.model) if owner is not None]
-        return self.given.get(kind) is not None or any(is_overridden(owner, f"{kind}_dataloader") for owner in owners)
+        return self.given.get(kind) is not None or is_overridden(self._owner, f"{kind}_dataloader")
+
+    @property
+    def _owner(self) -> Module | DataModule | None:
+        """Whose methods bring what the call did not: the data module's, and only without one the module's."""
+        trainer = self.trainer
+        return trainer.datamodule if trainer.datamodule is not None else trainer.model
 
     def num_batches(self, kind: str) -> list[int | float]:
         """Return the number of batches of each loader of a kind."""
@@ -71,7 +78,7 @@ class Sources:
     def load_train(self) -> None:
         """Ask for the training loader, wrap it, and work out when to validate."""
         trainer = self.trainer
-        if not self._given_by_somebody("train"):
+        if not self.has_loader("train"):
             raise MisconfigurationException(
                 "fit needs training data: fit(model, train_dataloaders=...), a DataModule with train_dataloader, or "
                 f"{type(trainer.module).__name__}.train_dataloader."
@@ -130,8 +137,8 @@ class Sources:
                 warn(f"there are validation loaders but no {STEP[kind]}: validation is left out.")
             self.loaders[kind] = []
             return
-        source = self._object(kind) if self._given_by_somebody(kind) and limit != 0 else None
-        if not self._given_by_somebody(kind) or (limit != 0 and _is_nothing(source)):
+        source = self._object(kind) if self.has_loader(kind) and limit != 0 else None
+        if not self.has_loader(kind) or (limit != 0 and _is_nothing(source)):
             if optional:
                 return
             raise MisconfigurationException(
@@ -157,20 +164,10 @@ class Sources:
         return self.loaders["val"]
 
     # ------------------------------------------------------------------ whose, and how many of them
-    def _given_by_somebody(self, kind: str) -> bool:
-        owners = (self.trainer.datamodule, self.trainer.module)
-        return self.given.get(kind) is not None or any(
-            owner is not None and is_overridden(owner, f"{kind}_dataloader") for owner in owners
-        )
-
     def _object(self, kind: str) -> Any:
-        """Return the loaders of one kind, from whoever brings them: the call, the data module, or the module."""
+        """Return the loaders of one kind, from whoever brings them."""
         source = self.given.get(kind)
-        if source is None:
-            for owner in (self.trainer.datamodule, self.trainer.module):
-                if owner is not None and is_overridden(owner, f"{kind}_dataloader"):
-                    return getattr(owner, f"{kind}_dataloader")()
-        return source
+        return getattr(self._owner, f"{kind}_dataloader")() if source is None else source
 
     def _limit(self, kind: str) -> tuple[float, str]:
         """Return how many batches of a kind are wanted, and the argument of the Trainer that says so."""
@@ -186,14 +183,9 @@ class Sources:
         if isinstance(source, CombinedLoader):
             source, mode = source.iterables, source.mode
         leaves = flattened(source)
-        if trainer.overfit_batches and trainer.stage == "fit":
-            ordered = [in_sequence(leaf) for leaf in leaves]
-            if any(new is not leaf for new, leaf in zip(ordered, leaves, strict=True)):
-                warn(
-                    f"overfit_batches={trainer.overfit_batches} takes the same batches in each epoch, so the shuffling "
-                    f"of {name} is turned off."
-                )
-                source, leaves = refilled(source, ordered), ordered
+        prepared = self._prepared(kind, leaves)
+        if any(new is not leaf for new, leaf in zip(prepared, leaves, strict=True)):
+            source, leaves = refilled(source, prepared), prepared
         self.objects[kind] = source
         limit, argument = self._limit(kind)
         owners = (trainer.module, trainer.datamodule)
@@ -213,6 +205,30 @@ class Sources:
         if mode == "sequential" or leaves[0] is source:
             return list(loaders)
         return [Combination(loaders, source, mode, name)]
+
+    def _prepared(self, kind: str, leaves: list[Any]) -> list[Any]:
+        """Return the loaders with the samplers that the Trainer's settings put into them."""
+        trainer, name = self.trainer, f"{kind}_dataloader"
+        if trainer.overfit_batches and trainer.stage == "fit":
+            ordered = [in_sequence(leaf) for leaf in leaves]
+            if any(new is not leaf for new, leaf in zip(ordered, leaves, strict=True)):
+                warn(
+                    f"overfit_batches={trainer.overfit_batches} takes the same batches in each epoch, so the shuffling "
+                    f"of {name} is turned off."
+                )
+            leaves = ordered
+        which = trainer.distributed_sampler_kwargs
+        if which is None or not trainer.use_distributed_sampler or not any(map(needs_dealing, leaves)):
+            return leaves
+        if kind in ("val", "test"):
+            warn(
+                f"{trainer.stage} deals the samples of {name} out to {trainer.world_size} processes, and to give each "
+                "as many some samples twice. Evaluate on one device for exact metrics."
+            )
+        seed = trainer.seed or 0
+        return [
+            dealt(leaf, seed, repeat=kind != "predict", **which) if needs_dealing(leaf) else leaf for leaf in leaves
+        ]
 
     # ------------------------------------------------------------------ loaders that are asked for again
     def reload_if_due(self) -> None:

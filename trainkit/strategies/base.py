@@ -47,6 +47,11 @@ class Strategy:
         return self.device
 
     @property
+    def distributed_sampler_kwargs(self) -> dict[str, int] | None:
+        """What a sampler needs to know to give each process its part; None when every process has data of its own."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank} if self.world_size > 1 else None
+
+    @property
     def is_global_zero(self) -> bool:
         """Whether this process is the one that writes."""
         return self.global_rank == 0

@@ -44,7 +44,7 @@ def test_all_parts_together_are_the_data_and_equally_long() -> None:
     for shuffle in (False, True):
         given = parts(numbers(shuffle=shuffle))
         assert [len(part) for part in given] == [4, 4, 4]
-        assert set(sum(given, [])) == set(range(10))
+        assert {number for part in given for number in part} == set(range(10))
     assert parts(numbers())[1] == [1, 4, 7, 0]
 
 
@@ -73,7 +73,7 @@ def test_a_batch_sampler_of_another_kind_keeps_its_kind() -> None:
     class Pairs(BatchSampler):
         pass
 
-    loader = numbers(batch_sampler=Pairs(SequentialSampler(range(8)), 2, False))
+    loader = numbers(8, batch_sampler=Pairs(SequentialSampler(range(8)), 2, False))
     part = dealt(loader, 1, True, num_replicas=2, rank=1)
     assert type(part.batch_sampler) is Pairs
     assert [batch.tolist() for batch in part] == [[1, 3], [5, 7]]
@@ -84,7 +84,8 @@ def test_a_batch_sampler_of_another_kind_keeps_its_kind() -> None:
 
 def test_what_needs_no_dealing() -> None:
     class Stream(IterableDataset[int]):
-        pass
+        def __iter__(self) -> Any:
+            return iter(range(3))
 
     own = DistributedSampler(range(10), num_replicas=2, rank=0)  # type: ignore[arg-type]
     assert needs_dealing(numbers())
@@ -145,7 +146,7 @@ def test_training_is_on_this_process_part_and_shuffled_as_the_loader_was(shuffle
     module, trainer = Notes(), trainer_of()
     assert trainer.distributed_sampler_kwargs == {"num_replicas": 2, "rank": 1}
     loader = numbers(9, shuffle=shuffle)
-    trainer.fit(module, [loader][0])
+    trainer.fit(module, loader)
     sampler = trainer.train_dataloader.sampler
     assert (type(sampler), sampler.shuffle, sampler.rank) == (DistributedSampler, shuffle, 1)
     assert trainer.num_training_batches == 5

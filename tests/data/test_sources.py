@@ -224,7 +224,8 @@ def test_overfitting_takes_the_same_batches_for_training_and_validation_each_tim
 
 def test_validation_data_that_are_shuffled_are_shuffled() -> None:
     module = Line()
-    trainer_of().validate(module, loader(shuffle=True, size=64), verbose=False)
+    with pytest.warns(UserWarning, match="val_dataloader shuffles its samples"):
+        trainer_of().validate(module, loader(shuffle=True, size=64), verbose=False)
     numbers = [number for _, batch in module.seen for number in batch]
     assert numbers != sorted(numbers)
     assert sorted(numbers) == list(range(64))

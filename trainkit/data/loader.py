@@ -355,6 +355,14 @@ def set_epoch(iterable: Any, epoch: int) -> None:
             tell(epoch)
 
 
+def is_shuffled(loader: Any) -> bool:
+    """Whether a DataLoader surely gives another order each time."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    sampler = sampler_of(loader)
+    return isinstance(sampler, RandomSampler) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
+
+
 def in_sequence(loader: Any) -> Any:
     """Return a copy of a DataLoader that takes its data set's samples in order; what does so already, as it is."""
     if not isinstance(loader, DataLoader) or hasattr(loader, "load_state_dict"):

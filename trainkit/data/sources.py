@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit.data.combined import Combination, CombinedLoader, Mode, flattened, refilled
 from trainkit.data.distributed import dealt, needs_dealing
-from trainkit.data.loader import Batches, Loader, in_sequence
+from trainkit.data.loader import Batches, Loader, in_sequence, is_shuffled
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
 from trainkit.random import derived_seed
@@ -217,6 +217,11 @@ class Sources:
                     f"of {name} is turned off."
                 )
             leaves = ordered
+        if kind != "train" and any(is_shuffled(leaf) for leaf in leaves):
+            warn(
+                f"{name} shuffles its samples, so what a batch is made of differs from epoch to epoch. Evaluations are "
+                "usually in order: shuffle=False."
+            )
         which = trainer.distributed_sampler_kwargs
         if which is None or not trainer.use_distributed_sampler or not any(map(needs_dealing, leaves)):
             return leaves

@@ -128,7 +128,7 @@ class DataModule(DataHooks, HyperParameters):
     def _sizes(self, name: str) -> str:
         """Return how many samples the loaders of a kind have; "None" where there is none yet."""
         from trainkit.data.combined import flattened
-        from trainkit.data.loader import length_of
+        from trainkit.data.samplers import length_of
 
         try:
             loaders = flattened(getattr(self, name)())

@@ -34,7 +34,8 @@ from torch.utils.data import (
 )
 
 from trainkit import Callback, Module, Trainer
-from trainkit.data.loader import IgnoreInterrupts, Loader, in_sequence, length_of, limited
+from trainkit.data.loader import IgnoreInterrupts, Loader, limited
+from trainkit.data.samplers import in_sequence, length_of
 from trainkit.errors import MisconfigurationException
 
 

@@ -14,7 +14,8 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
-from trainkit.data.loader import Batches, Loader, length_of
+from trainkit.data.loader import Batches, Loader
+from trainkit.data.samplers import length_of
 from trainkit.errors import CheckpointError
 from trainkit.tree import children, leaves, with_leaves
 

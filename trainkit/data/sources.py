@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit.data.combined import Combination, CombinedLoader, Mode, flattened, refilled
 from trainkit.data.distributed import dealt, needs_dealing
-from trainkit.data.loader import Batches, Loader, in_sequence, is_shuffled
+from trainkit.data.loader import Batches, Loader
+from trainkit.data.samplers import in_sequence, is_shuffled
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
 from trainkit.random import derived_seed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trainkit.errors import MisconfigurationException
-from trainkit.tree import to_device
+from trainkit.moving import move_data_to_device
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class DataHooks:
 
         This one moves tensors and whatever else has a `.to`, in nested containers and dataclasses.
         """
-        return to_device(batch, device)
+        return move_data_to_device(batch, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Return the batch as the steps get it: the place for augmentation on the device."""

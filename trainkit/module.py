@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainkit.data_hooks import DataHooks
 from trainkit.errors import MisconfigurationException
+from trainkit.export import Exports, scriptable
 from trainkit.hparams import HyperParameters
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from trainkit.update import StepOptimizer
 
 
-class Module(DataHooks, HyperParameters, nn.Module):
+@scriptable
+class Module(DataHooks, HyperParameters, Exports, nn.Module):
     """What is trained. Write `training_step` and `configure_optimizers`; override anything else you need.
 
     Example:

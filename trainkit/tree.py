@@ -47,20 +47,6 @@ def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
     return tree
 
 
-def to_device(tree: Any, device: torch.device | str) -> Any:
-    """Return the tree on a device: tensors, and whatever else has a `.to`."""
-    device = torch.device(device)
-    overlaps = device.type not in ("cpu", "mps")  # a copy to these must have arrived before anybody reads it
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device, non_blocking=overlaps)
-        moved = value.to(device)
-        return value if moved is None else moved  # a `.to` that moves in place and returns nothing
-
-    return map_tensors(move, tree)
-
-
 def children(tree: Any) -> list[Any] | None:
     """Return what a plain container holds; None for everything else, subclasses of containers included."""
     kind = type(tree)

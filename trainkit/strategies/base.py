@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainkit.tree import to_device
+from trainkit.moving import move_data_to_device
 
 
 class Strategy:
@@ -39,7 +39,7 @@ class Strategy:
 
     def to_device(self, batch: Any) -> Any:
         """Return the batch on the device; copies from pinned memory overlap with what the device does."""
-        return to_device(batch, self.device)
+        return move_data_to_device(batch, self.device)
 
     @property
     def root_device(self) -> torch.device:

@@ -168,7 +168,7 @@ def overrides(owner: object, name: str, base: type) -> bool:
     return getattr(method, "__func__", method) is not getattr(base, name)
 
 
-BASES = ("trainkit.module", "trainkit.datamodule")
+BASES = ("trainkit.module", "trainkit.datamodule", "trainkit.data_hooks")
 """Where the classes are whose methods are nobody's own."""
 
 

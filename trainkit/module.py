@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from trainkit.data_hooks import DataHooks
 from trainkit.errors import MisconfigurationException
 from trainkit.export import Exports, scriptable
 from trainkit.hparams import HyperParameters
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @scriptable
-class Module(HyperParameters, Exports, nn.Module):
+class Module(DataHooks, HyperParameters, Exports, nn.Module):
     """What is trained. Write `training_step` and `configure_optimizers`; override anything else you need.
 
     Example:
@@ -334,38 +335,6 @@ class Module(HyperParameters, Exports, nn.Module):
         state.pop("_trainer", None)  # a copy or a pickle of a module is not part of the run
         state.pop("_metrics", None)
         return state
-
-    # ---------------------------------------------------------------- data, for modules that bring their own
-    def prepare_data(self) -> None:
-        """Download or unpack. Called once on each machine; assign nothing to `self` here."""
-
-    def train_dataloader(self) -> Any:
-        """Return the training loader: a DataLoader or any iterable of batches."""
-        return None
-
-    def val_dataloader(self) -> Any:
-        """Return the validation loader, or a list of them; None for no validation."""
-        return None
-
-    def test_dataloader(self) -> Any:
-        """Return the test loader, or a list of them."""
-        return None
-
-    def predict_dataloader(self) -> Any:
-        """Return the loader of what is to be predicted, or a list of them."""
-        return None
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Return the batch as it goes to the device."""
-        return batch
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Return the batch on the device; override it for batches of a type of your own."""
-        return self.trainer.strategy.to_device(batch)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Return the batch as the steps get it: the place for augmentation on the device."""
-        return batch
 
     # ---------------------------------------------------------------- override points of the update
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -26,6 +26,7 @@ from trainkit.hparams import merged_hparams
 from trainkit.metrics import Metrics
 from trainkit.module import Module
 from trainkit.optim import Schedules, configure
+from trainkit.random import seed_of_state
 from trainkit.signals import Interrupted
 from trainkit.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainkit.update import StepOptimizer, Update
@@ -107,7 +108,7 @@ def attach(
     trainer.module = module
     trainer.datamodule = datamodule
     trained = trainer.sources.loaders.get("train") if fn != TrainerFn.FITTING else None
-    trainer.sources = Sources(trainer, sources)
+    trainer.sources = Sources(trainer, sources, seed_of_state())
     if trained is not None:  # so that what fit left behind can still be saved
         trainer.sources.loaders["train"] = trained
     trainer.state = TrainerState(TrainerStatus.RUNNING, fn, LOOP[fn])
@@ -167,6 +168,8 @@ def configure_optimizers(trainer: Trainer) -> None:
 
 def log_hyperparameters(trainer: Trainer) -> None:
     """Hand the module's and the data module's hyperparameters, and the graph, to the loggers, once a run."""
+    if not trainer.loggers:
+        return
     hparams = merged_hparams([owner for owner in (trainer.module, trainer.datamodule) if owner is not None])
     for logger in trainer.loggers:
         if hparams:

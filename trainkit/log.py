@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Logs:
     """Whoever can log: `log` hands a value to the metrics of the run that this object is a part of."""
 
-    _metrics: Metrics | None = None  # that run's, from set-up to tear-down
+    _run_metrics: Metrics | None = None  # that run's, from set-up to tear-down
 
     def log(
         self,
@@ -64,7 +64,7 @@ class Logs:
             ValueError: none of the values that can be logged.
             TypeError: the name is not a string.
         """
-        metrics = self._metrics
+        metrics = self._run_metrics
         if metrics is None:
             _outside_of_a_run(name, value)
             return
@@ -106,7 +106,7 @@ class Logs:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.pop("_metrics", None)  # a copy or a pickle is not a part of the run
+        state.pop("_run_metrics", None)  # a copy or a pickle is not a part of the run
         return state
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trainkit.strategies import Strategy
 
 Transfer = Callable[[Any, int], Any]
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 def transfer_of(strategy: Strategy, module: Module, datamodule: DataModule | None) -> Transfer | None:
@@ -28,9 +29,7 @@ def transfer_of(strategy: Strategy, module: Module, datamodule: DataModule | Non
     def owner(name: str) -> Any:
         return next((o for o in (datamodule, module) if o is not None and is_overridden(o, name)), None)
 
-    before, move, after = map(
-        owner, ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    )
+    before, move, after = map(owner, TRANSFER_HOOKS)
     if strategy.device.type == "cpu" and not (before or move or after):
         return None
     if not (before or move or after):

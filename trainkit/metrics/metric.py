@@ -23,11 +23,12 @@ class Metric:
     """
 
     __slots__ = (
-        "fresh", "given", "hook", "last", "loader", "logger", "name", "on_epoch", "on_step", "options", "prog_bar",
-        "reduce", "suffix", "total", "weight",
+        "given", "hook", "last", "loader", "logged", "logger", "name", "on_epoch", "on_step", "options", "prog_bar",
+        "reduce", "suffix", "total", "weight", "weighted",
     )  # fmt: skip
-    SAVED = ("name", "hook", "suffix", "loader", "prog_bar", "logger", "on_step", "on_epoch", "reduce")
-    RUNNING: tuple[str, ...] = ("last", "total", "weight", "fresh")
+    SAVED = ("name", "hook", "suffix", "loader", "prog_bar", "logger", "on_step", "on_epoch", "reduce", "weighted")
+    RUNNING: tuple[str, ...] = ("last", "total", "weight", "logged")
+    takes_objects = False
 
     def __init__(self, name: str, hook: str, suffix: str, loader: int | None) -> None:
         self.name, self.hook, self.suffix = name, hook, suffix
@@ -41,20 +42,26 @@ class Metric:
         self.options = options
         self.prog_bar, self.logger = options.prog_bar, options.logger
         self.on_step, self.on_epoch, self.reduce = options.on_step, options.on_epoch, options.reduce
+        self.weighted = self.on_epoch and self.reduce == "mean"
 
     def reset(self) -> None:
         """Forget the values, keep the options."""
         self.last: Any = None
         self.total: Any = None
         self.weight: Any = 0.0
-        self.fresh = False
+        self.logged = False  # nothing since the last reset
 
-    def accept(self, value: Any) -> Any:
+    def accept(self, value: Any, module: Any) -> Any:
         """Return a numpy scalar and its like as a number.
 
         Raises:
             ValueError: it can't be logged.
         """
+        if is_metric_object(value):
+            raise ValueError(
+                f"self.log({self.name!r}, ...) was called with a number before, and now with a "
+                f"{type(value).__name__}. Log the two under different names."
+            )
         return as_number(self.name, value)
 
     def update(self, value: Any, weight: Any) -> None:
@@ -70,7 +77,7 @@ class Metric:
                 self.last = _buffer(value, _kept_dtype(value), value.device)
         else:
             self.last = value
-        self.fresh = True
+        self.logged = True
         if self.on_epoch:
             self._accumulate(value, weight)
 
@@ -133,6 +140,12 @@ class Metric:
     def state_dict(self) -> dict[str, Any]:
         """Return the options and the running values."""
         return {name: getattr(self, name) for name in (*self.SAVED, *self.RUNNING)}
+
+
+def is_metric_object(value: object) -> bool:
+    """Whether a value is a metric that is updated, computed and reset; a collection of them is not."""
+    methods = ("update", "compute", "reset")
+    return all(callable(getattr(value, name, None)) for name in methods) and not hasattr(value, "items")
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

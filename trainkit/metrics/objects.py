@@ -10,21 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainkit.errors import MisconfigurationException
-from trainkit.metrics.metric import Metric
+from trainkit.metrics.metric import Metric, is_metric_object
 from trainkit.metrics.options import Options
-
-
-def is_metric_object(value: object) -> bool:
-    """Whether a value is a metric that is updated, computed and reset; a collection of them is not."""
-    methods = ("update", "compute", "reset")
-    return all(callable(getattr(value, name, None)) for name in methods) and not hasattr(value, "items")
 
 
 class ObjectMetric(Metric):
     """A name that a metric object is logged under."""
 
     __slots__ = ("_computed", "attribute", "metric")
-    RUNNING = ("last", "fresh", "attribute")
+    RUNNING = ("last", "logged", "attribute")
+    takes_objects = True
 
     def __init__(self, name: str, hook: str, suffix: str, loader: int | None, metric: Any, attribute: str) -> None:
         self.metric, self.attribute = metric, attribute
@@ -33,7 +28,7 @@ class ObjectMetric(Metric):
 
     def configure(self, options: Options) -> None:
         super().configure(options)
-        self.reduce = "compute"
+        self.reduce, self.weighted = "compute", False
 
     def reset(self) -> None:
         """Forget the values, keep the options; the object itself is reset with `reset_object`."""
@@ -44,26 +39,38 @@ class ObjectMetric(Metric):
         """Reset the object: its epoch is over."""
         self.metric.reset()
 
-    def accept(self, value: Any) -> Any:
+    def accept(self, value: Any, module: Any) -> Any:
+        """Return the object that takes over the name.
+
+        Raises:
+            ValueError: it is none.
+            MisconfigurationException: it is another attribute of the module.
+        """
+        if value is self.metric:
+            return value
         if not is_metric_object(value):
             raise ValueError(
                 f"self.log({self.name!r}, ...) was called with a metric object before, and now with a "
                 f"{type(value).__name__}. Log the two under different names."
             )
+        given = self.options.metric_attribute if self.options is not None else None
+        if attribute_of(module, self.name, value, given) != self.attribute:
+            raise MisconfigurationException(
+                f"self.log({self.name!r}, ...) was called with two metric objects in {self.hook}. "
+                "Log them under different names."
+            )
         return value
 
     def update(self, value: Any, weight: Any) -> None:
         """Take note of what the object's `forward` gave for the batch; `update` alone gives no step value."""
-        self.metric = self.accept(value)
+        self.metric = value
         self._computed = None
-        self.last = self._checked(getattr(value, "_forward_cache", None), "the value of a batch")
-        self.fresh = self.last is not None
-        self.total = True  # there is something to compute
+        if self.on_step:
+            self.last = self._checked(getattr(value, "_forward_cache", None), "the value of a batch")
+        self.logged = True
 
     def epoch_value(self) -> Any:
-        """Return what the object computes, once for each time that it was logged; None when it was not."""
-        if self.total is None:
-            return None
+        """Return what the object computes, once for each time that it was logged."""
         if self._computed is None:
             self._computed = self._checked(self.metric.compute(), "compute()")
         return self._computed
@@ -120,6 +127,11 @@ def load_metric_states(module: nn.Module | None, states: dict[str, dict[str, Any
             setattr(metric, key, _copied(value, getattr(metric, "device", None)))
 
 
+def object_at(module: nn.Module | None, where: str) -> Any:
+    """Return the metric object at a place in the module, None when there is none."""
+    return dict(_metric_objects(module)).get(where)
+
+
 def _metric_objects(module: nn.Module | None) -> Iterator[tuple[str, Any]]:
     if module is not None:
         yield from ((where, part) for where, part in module.named_modules() if is_metric_object(part))
@@ -143,5 +155,3 @@ def _copied(value: Any, device: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True) if device is not None else value.detach().clone()
     return [_copied(item, device) for item in value] if isinstance(value, list) else value
-
-

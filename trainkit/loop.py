@@ -116,7 +116,6 @@ def fit(trainer: Trainer) -> None:
             if window_ends:
                 hooks.on_save_point()
 
-        metrics.batch = None
         if is_last or not trainer.interrupted:  # a limit inside an epoch ends it early, a signal leaves it open
             metrics.end_batches()
             hooks.on_train_epoch_end()
@@ -142,7 +141,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[s
         hooks.start()
         hooks.epoch_start()
         for dataloader_idx, loader in enumerate(loaders):
-            metrics.begin_loader(dataloader_idx, step_name)
+            evaluated, batch_idx = metrics.begin_loader(dataloader_idx, step_name), -1
             for batch_idx, batch, is_last in loader.epoch(trainer.progress.epoch):
                 trainer.is_last_batch = is_last
                 if transfer is not None:
@@ -154,8 +153,8 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[s
                 output = step(batch, batch_idx, dataloader_idx)
                 hooks.batch_end(output, batch, batch_idx, dataloader_idx)
                 if table.logs_steps:
-                    trainer.log_metrics(metrics.row(), step=batch_idx)
-            metrics.end_loader()
+                    trainer.log_metrics(metrics.row(), step=evaluated + batch_idx)
+            metrics.end_loader(dataloader_idx, batch_idx + 1)
         metrics.end_loaders()
         hooks.epoch_end()
         results, values = metrics.end_evaluation()

@@ -86,6 +86,7 @@ class Metrics:
         self.seen: dict[str, Tensor] = {}
         self.seen_by_loggers: dict[str, Tensor] = {}
         self.seen_on_bar: dict[str, Any] = {}
+        self._evaluated: dict[int, int] = {}  # batches of each loader, in all evaluations of the run
         self._results: list[dict[str, Any]] = []
         self._batch_size = BatchSize()
 
@@ -181,7 +182,8 @@ class Metrics:
 
     def end_batches(self) -> None:
         """From here on the epoch's reductions show."""
-        self._keep()
+        if self.batch is not None:  # else: a validation came after the last batch, and its values are newer
+            self._keep()
         self.train.steps, self.batch = False, None
 
     def end_epoch(self, whole: bool) -> dict[str, Any]:
@@ -206,13 +208,15 @@ class Metrics:
         self._results = []
         return self.table
 
-    def begin_loader(self, index: int, hook: str) -> None:
-        """Enter a loader of an evaluation."""
+    def begin_loader(self, index: int, hook: str) -> int:
+        """Enter a loader of an evaluation; return how many batches of it earlier evaluations of this run had."""
         self.hook, self.table.steps = hook, True
         self.table.loader = index if self.table.num_dataloaders > 1 else None
+        return self._evaluated.get(index, 0)
 
-    def end_loader(self) -> None:
-        """Leave it: its reductions show, and are its result."""
+    def end_loader(self, index: int, batches: int) -> None:
+        """Leave it after so many batches: its reductions show, and are its result."""
+        self._evaluated[index] = self._evaluated.get(index, 0) + batches
         self._keep()
         self.batch, self.table.steps = None, False
         self._keep()
@@ -240,6 +244,7 @@ class Metrics:
         self.seen.clear()
         self.seen_by_loggers.clear()
         self.seen_on_bar.clear()
+        self._evaluated.clear()
         self.table.reset()
         self.train = self.table = Table("train")
         self.hook = "on_sanity_check_end"
@@ -296,6 +301,7 @@ class Metrics:
             "seen": dict(self.seen),
             "seen_by_loggers": dict(self.seen_by_loggers),
             "seen_on_bar": dict(self.seen_on_bar),
+            "evaluated": [list(pair) for pair in self._evaluated.items()],
             "steps": self.train.steps,
             "objects": metric_states(self.module),
         }
@@ -305,6 +311,7 @@ class Metrics:
         self.seen = dict(state["seen"])
         self.seen_by_loggers = dict(state["seen_by_loggers"])
         self.seen_on_bar = dict(state["seen_on_bar"])
+        self._evaluated = {int(index): int(batches) for index, batches in state["evaluated"]}
         self.train.steps = bool(state["steps"])
         load_metric_states(self.module, state["objects"])
         for saved in state["train"]:

@@ -118,6 +118,7 @@ def fit(trainer: Trainer) -> None:
 
         if is_last or not trainer.interrupted:  # a limit inside an epoch ends it early, a signal leaves it open
             metrics.end_batches()
+            metrics.x = max(progress.window - 1, 0)  # that of the epoch's last row
             hooks.on_train_epoch_end()
             if is_last and automatic:
                 schedules.move(schedules.plateau_by_epoch, progress.epoch + 1)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from trainkit.errors import MisconfigurationException
 from trainkit.metrics.options import Options
 
 Kind = Literal["step", "epoch"]
@@ -56,9 +57,10 @@ class Metric:
 
         Raises:
             ValueError: it can't be logged.
+            MisconfigurationException: it is a metric object, and numbers were logged under this name.
         """
         if is_metric_object(value):
-            raise ValueError(
+            raise MisconfigurationException(
                 f"self.log({self.name!r}, ...) was called with a number before, and now with a "
                 f"{type(value).__name__}. Log the two under different names."
             )

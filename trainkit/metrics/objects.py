@@ -31,25 +31,20 @@ class ObjectMetric(Metric):
         self.reduce, self.weighted = "compute", False
 
     def reset(self) -> None:
-        """Forget the values, keep the options; the object itself is reset with `reset_object`."""
+        """Forget the values, keep the options."""
         super().reset()
         self._computed = None
-
-    def reset_object(self) -> None:
-        """Reset the object: its epoch is over."""
-        self.metric.reset()
 
     def accept(self, value: Any, module: Any) -> Any:
         """Return the object that takes over the name.
 
         Raises:
-            ValueError: it is none.
-            MisconfigurationException: it is another attribute of the module.
+            MisconfigurationException: it is none, or another attribute of the module.
         """
         if value is self.metric:
             return value
         if not is_metric_object(value):
-            raise ValueError(
+            raise MisconfigurationException(
                 f"self.log({self.name!r}, ...) was called with a metric object before, and now with a "
                 f"{type(value).__name__}. Log the two under different names."
             )
@@ -124,7 +119,7 @@ def load_metric_states(module: nn.Module | None, states: dict[str, dict[str, Any
     """Take back what `metric_states` returned; a metric that is not there any more is passed over."""
     for where, metric in _metric_objects(module):
         for key, value in states.get(where, {}).items():
-            setattr(metric, key, _copied(value, getattr(metric, "device", None)))
+            setattr(metric, key, copied(value, getattr(metric, "device", None)))
 
 
 def object_at(module: nn.Module | None, where: str) -> Any:
@@ -151,7 +146,10 @@ def _changing(metric: Any) -> list[str]:
     return list(dict.fromkeys(keys))
 
 
-def _copied(value: Any, device: Any) -> Any:
+def copied(value: Any, device: Any = None) -> Any:
+    """Return a copy of a state, its tensors on a device."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True) if device is not None else value.detach().clone()
-    return [_copied(item, device) for item in value] if isinstance(value, list) else value
+    if isinstance(value, dict):
+        return {key: copied(item, device) for key, item in value.items()}
+    return [copied(item, device) for item in value] if isinstance(value, list) else value

@@ -15,6 +15,7 @@ from trainkit.metrics.metric import Kind, Metric, as_number, is_metric_object, n
 from trainkit.metrics.objects import (
     ObjectMetric,
     attribute_of,
+    copied,
     load_metric_states,
     metric_states,
     object_at,
@@ -63,8 +64,13 @@ class Table:
         """Forget the values, keep the options; metric objects are reset with them."""
         for metric in self.metrics.values():
             metric.reset()
+        self.reset_objects()
+
+    def reset_objects(self) -> None:
+        """Reset the metric objects: their user's next epoch begins."""
+        for metric in self.metrics.values():
             if isinstance(metric, ObjectMetric):
-                metric.reset_object()
+                metric.metric.reset()
 
 
 class Metrics:
@@ -88,6 +94,7 @@ class Metrics:
         self.seen_on_bar: dict[str, Any] = {}
         self._evaluated: dict[int, int] = {}  # batches of each loader, in all evaluations of the run
         self._results: list[dict[str, Any]] = []
+        self._objects: dict[str, Any] | None = None  # the states of the metric objects when the run ended
         self._batch_size = BatchSize()
 
     # ------------------------------------------------------------------ writing
@@ -250,10 +257,12 @@ class Metrics:
         self.hook = "on_sanity_check_end"
 
     def finish(self) -> None:
-        """End the run: what was seen last stays, on the host."""
-        self.table.reset()
-        self.train.reset()
-        self.table = self.train = Table("train")
+        """End the run: what was seen last stays, on the host, and so does an epoch that is not over."""
+        self._objects = copied(metric_states(self.module))
+        if self.table is not self.train:
+            self.table.reset()
+        self.train.reset_objects()
+        self.table = self.train
         self.hook, self.batch = "outside", None
         for seen in (self.seen, self.seen_by_loggers, self.seen_on_bar):
             seen.update({name: value.cpu() for name, value in seen.items() if isinstance(value, Tensor)})
@@ -303,7 +312,7 @@ class Metrics:
             "seen_on_bar": dict(self.seen_on_bar),
             "evaluated": [list(pair) for pair in self._evaluated.items()],
             "steps": self.train.steps,
-            "objects": metric_states(self.module),
+            "objects": metric_states(self.module) if self._objects is None else self._objects,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

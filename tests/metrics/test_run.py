@@ -70,8 +70,13 @@ class Logs(Module):
 def validating() -> Metrics:
     metrics = Metrics()
     metrics.begin("validation")
-    metrics.hook = "validation_step"
+    metrics.begin_loader(0, "validation_step")
     return metrics
+
+
+def result_of(metrics: Metrics) -> dict[str, float]:
+    metrics.end_loader(0, 1)
+    return metrics.end_evaluation()[0][0]
 
 
 def loader(data: Any = X) -> DataLoader[Any]:
@@ -199,7 +204,7 @@ def test_an_epochs_mean_is_the_weighted_mean_in_double_precision(pairs: list[tup
         metrics.log("x", logged, batch_size=size)
     expected = math.fsum(value * size for value, size in pairs) / sum(size for _, size in pairs)
     scale = max(abs(value) for value, _ in pairs)
-    assert metrics.evaluation_results()[0]["x"] == pytest.approx(expected, rel=1e-12, abs=1e-12 * (1 + scale))
+    assert result_of(metrics)["x"] == pytest.approx(expected, rel=1e-12, abs=1e-12 * (1 + scale))
 
 
 def test_many_small_values_do_not_drown_in_a_float32_sum() -> None:
@@ -207,7 +212,7 @@ def test_many_small_values_do_not_drown_in_a_float32_sum() -> None:
     value = torch.tensor(0.1)
     for _ in range(20_000):
         metrics.log("x", value, reduce_fx="sum")
-    assert metrics.evaluation_results()[0]["x"] == pytest.approx(2000, rel=1e-6)
+    assert result_of(metrics)["x"] == pytest.approx(2000, rel=1e-6)
 
 
 @pytest.mark.parametrize("reduce_fx", ["mean", "sum", "min", "max"])
@@ -217,7 +222,7 @@ def test_a_nan_shows_in_the_reduction_of_numbers_and_tensors(reduce_fx: str, val
     for value in values:
         metrics.log("number", value, reduce_fx=reduce_fx)
         metrics.log("tensor", torch.tensor(value), reduce_fx=reduce_fx)
-    assert all(math.isnan(value) for value in metrics.evaluation_results()[0].values())
+    assert all(math.isnan(value) for value in result_of(metrics).values())
 
 
 @pytest.mark.parametrize(

@@ -93,12 +93,9 @@ class Logs:
         Args:
             dictionary: values by name, as `log` takes them, or a torchmetrics.MetricCollection.
         """
-        items: Any = dictionary.items
-        if hasattr(dictionary, "compute"):  # a MetricCollection: under its prefix, without copying its states
-            pairs = items(keep_base=False, copy_state=False)
-        else:
-            pairs = items()
-        for name, value in pairs:
+        # a MetricCollection: under its prefix, without copying its states
+        options = {"keep_base": False, "copy_state": False} if hasattr(dictionary, "compute") else {}
+        for name, value in dictionary.items(**options):
             self.log(
                 name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
                 add_dataloader_idx, batch_size, None, rank_zero_only,

@@ -1,4 +1,4 @@
-"""The size of a batch: the first dimension of its first tensor. The way to that tensor is found once."""
+"""The size of a batch: the first dimension of its first tensor that has one. The way to that tensor is found once."""
 
 from __future__ import annotations
 
@@ -36,12 +36,10 @@ class BatchSize:
         return self._search(batch)
 
     def _search(self, batch: Any) -> int:
-        sizes: list[int] = []
-        for path, tensor in _tensors(batch, ()):
-            if not sizes:
-                self._path = path
-            sizes.append(tensor.shape[0] if tensor.ndim else 1)
-        if not sizes:
+        found = list(_tensors(batch, ()))
+        sizes = [tensor.shape[0] for _, tensor in found if tensor.ndim]
+        self._path = next((path for path, tensor in found if tensor.ndim), None)
+        if not found:
             raise MisconfigurationException(
                 "the mean over an epoch is weighted by the batch size, and there is no tensor in this batch to take it "
                 f"from. Received: a {type(batch).__name__}. Give it: self.log(..., batch_size=...)."
@@ -52,7 +50,7 @@ class BatchSize:
                 f"the batch's tensors differ in their first dimension; {sizes[0]}, that of the first, is taken as the "
                 "batch size in means over the epoch. If it is another one, give it: self.log(..., batch_size=...)."
             )
-        return sizes[0]
+        return sizes[0] if sizes else 1
 
 
 def _tensors(tree: Any, path: Path) -> Iterator[tuple[Path, Tensor]]:

@@ -1,5 +1,5 @@
-"""Metric objects, torchmetrics' above all: what they compute is logged, they are reset when the epoch is over, and their
-half epoch survives a restart. They are known by their methods: torchmetrics is never imported here.
+"""Metric objects, torchmetrics' above all: what they compute is logged, they are reset when the epoch is over, and
+their half epoch survives a restart. They are known by their methods: torchmetrics is never imported here.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def attribute_of(module: nn.Module | None, name: str, metric: Any, given: str | 
     """Return where in the module a metric object is.
 
     Raises:
-        MisconfigurationException: nowhere, so that its state could not be saved; the message names those that are there.
+        MisconfigurationException: nowhere, so its state could not be saved; the message names those that are there.
     """
     if given is not None:
         return given

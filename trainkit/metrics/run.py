@@ -248,9 +248,7 @@ class Metrics:
 
     def forget(self) -> None:
         """Forget everything, as around a sanity check."""
-        self.seen.clear()
-        self.seen_by_loggers.clear()
-        self.seen_on_bar.clear()
+        self.seen, self.seen_by_loggers, self.seen_on_bar = {}, {}, {}
         self._evaluated.clear()
         self.table.reset()
         self.train = self.table = Table("train")

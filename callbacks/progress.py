@@ -177,8 +177,6 @@ class RichProgressBar(ProgressBar):
                 self._draw_fit(trainer, run.metrics)
             live = run.rows.training_first(self._shown(trainer, module), trainer.callback_metrics)
             row = run.rows.row(trainer, live, run.elapsed)
-                trainer, run.rows.training_first(self._shown(trainer, module), trainer.callback_metrics), run.elapsed
-            )
             if self.is_enabled:
                 run.display.row(row)
                 if isinstance(run.display, Lines):  # the row was a sign of life

@@ -31,7 +31,14 @@ HOOKS = [  # without on_before_zero_grad: gradients are cleared after the step i
     "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end", "on_train_epoch_end",
     "on_train_end", "on_fit_end", *(f"on_{stage}_{event}" for stage in ("validation", "test") for event in EVENTS),
 ]  # fmt: skip
-SILENT = {"on_sanity_check_start", "on_sanity_check_end", "on_train_end", "on_fit_end", "on_validation_end", "on_test_end"}
+SILENT = {
+    "on_sanity_check_start",
+    "on_sanity_check_end",
+    "on_train_end",
+    "on_fit_end",
+    "on_validation_end",
+    "on_test_end",
+}
 
 
 # ---------------------------------------------------------------- what is logged

@@ -103,6 +103,7 @@ def fit(trainer: Trainer) -> None:
                 trainer.log_metrics(metrics.row())
             if trainer.validation_due(is_last):
                 if window_ends:
+                    metrics.hook = "on_validation_model_zero_grad"
                     module.on_validation_model_zero_grad()
                 evaluate(trainer, "validation", sources.loaders["val"])
                 metrics.leave_evaluation(TRAIN_BATCH)

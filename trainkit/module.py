@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.errors import MisconfigurationException
+from trainkit.export import Exports, scriptable
 from trainkit.hparams import HyperParameters
 from trainkit.log import Logs
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from trainkit.update import StepOptimizer
 
 
-class Module(Logs, HyperParameters, nn.Module):
+@scriptable
+class Module(Logs, HyperParameters, Exports, nn.Module):
     """What is trained. Write `training_step` and `configure_optimizers`; override anything else you need.
 
     Example:

@@ -1,20 +1,25 @@
 """Logger: what a trainer tells its loggers, and FileLogger: the run directory that file loggers share.
 
-Logger                     hears everything, does nothing: the off switch
+Logger                     hears everything, does nothing: the off switch, and what users derive theirs from
+  DummyLogger              stands in for the loggers of a fast_dev_run: takes any method, of any logger
   FileLogger               owns <save_dir>/<name>/version_N and the hparams.yaml in it
     CSVLogger              metrics.csv
+    JSONLinesLogger        metrics.jsonl
     TensorBoardLogger      one event file
+  WandbLogger, MLFlowLogger   hand everything to somebody else's program
 
 The trainer's calls, in order:
 
     continue_run(directory, step)        only when a checkpoint of that directory is resumed
-    check_writable()                     before the first step: the directory is made, or the run ends here
+    check_writable()                     before the first step: what is needed is made, or the run ends here
     log_hyperparams, log_graph           once
     log_metrics(metrics, step)           at every log point
     save()                               at the end of an epoch, and wherever what was logged shall be seen
     sync()                               before a checkpoint is published, which its rows must not fall behind
     after_save_checkpoint(callback)
     finalize("success" | "failed" | "interrupted")
+
+In the processes of other ranks than 0 they do nothing: `rank_zero_only` and `rank_zero_experiment` see to that.
 """
 
 from __future__ import annotations
@@ -22,21 +27,31 @@ from __future__ import annotations
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from trainkit.errors import MisconfigurationException
+from trainkit.rank_zero import current_rank, rank_zero_only
+
+T = TypeVar("T")
 
 
 class Logger:
     """Record a run's metrics. Subclass and override what you need; as it is, it records nothing.
 
+    With `save_dir`, `name` and `version` the run's checkpoints go to `<save_dir>/<name>/<version>/checkpoints`, where
+    an int N as version is written `version_N`.
+
     Example:
+        >>> from trainkit.rank_zero import rank_zero_only
         >>> class Printer(Logger):
+        ...     @rank_zero_only
         ...     def log_metrics(self, metrics, step=None):
         ...         print(step, dict(metrics))
         >>> Printer().log_metrics({"loss": 0.5}, step=9)
@@ -109,7 +124,34 @@ class Logger:
         """Go on in a run directory whose checkpoint is being resumed: rows at x >= `step` will be logged again."""
 
     def check_writable(self) -> None:
-        """Fail now, with the reason, if the run could not be recorded."""
+        """Fail now, with the reason, if the run could not be recorded; by default, open the `experiment`."""
+        _ = self.experiment
+
+
+class DummyLogger(Logger):
+    """Accept any call of any logger and do nothing, as the loggers of a `fast_dev_run` do."""
+
+    @property
+    def name(self) -> str:
+        """The experiment's name: none."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Which run this is: none."""
+        return ""
+
+    def __getitem__(self, index: int) -> DummyLogger:
+        return self
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):  # copy, pickle and inspect ask for these and must hear the truth
+            raise AttributeError(name)
+        return _ignore
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Do nothing."""
 
 
 class Silence:
@@ -130,6 +172,34 @@ class Silence:
         pass
 
 
+def rank_zero_experiment(method: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Decorate a logger's `experiment`: it is opened in the process with rank 0 only; elsewhere it ignores any call.
+
+    Example:
+        >>> class Recorder(Logger):
+        ...     @property
+        ...     @rank_zero_experiment
+        ...     def experiment(self):
+        ...         return "opened"
+        >>> Recorder().experiment
+        'opened'
+    """
+
+    @wraps(method)
+    def experiment(self: Any) -> Any:
+        return method(self) if current_rank() == 0 else Silence()
+
+    return experiment
+
+
+def require(package: str, logger: str) -> None:
+    """Raise ModuleNotFoundError, with the line that installs it, if a logger's library is not there."""
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"{logger} needs {package}, which is not installed. Install it with `pip install {package}`.", name=package
+        )
+
+
 class FileLogger(Logger):
     """Own a run directory, `<save_dir>/<name>/version_N`, and the `hparams.yaml` in it.
 
@@ -142,6 +212,10 @@ class FileLogger(Logger):
         version: an int N for `version_N`, a string for that very directory name, None for the next free number.
         prefix: put before every metric's name, with a dash between.
     """
+
+    LOGGER_JOIN_CHAR = "-"
+    """Stands between the prefix and a metric's name."""
+    NAME_HPARAMS_FILE = "hparams.yaml"
 
     def __init__(
         self,
@@ -160,6 +234,7 @@ class FileLogger(Logger):
             raise TypeError(f"name must be a string or None, not {name!r} ({type(name).__name__}).")
         if not isinstance(prefix, str):
             raise TypeError(f'prefix must be a string, "" for none, not {prefix!r} ({type(prefix).__name__}).')
+        save_dir = local_path(save_dir)
         check_stays_below("name", name)
         check_stays_below("version", version)
         self.hparams: dict[str, Any] = {}
@@ -167,7 +242,7 @@ class FileLogger(Logger):
         self._save_dir = os.fspath(save_dir)
         self._name = name or ""
         self._version = version
-        self._prefix = f"{prefix}-" if prefix else ""
+        self._prefix = f"{prefix}{self.LOGGER_JOIN_CHAR}" if prefix else ""
         self._version_is_fixed = version is not None
         self._settled = self._version_is_fixed  # whether log_dir is final
         self._made = False
@@ -201,6 +276,7 @@ class FileLogger(Logger):
         version = self.version
         return str(Path(self.root_dir, version if isinstance(version, str) else f"version_{version}"))
 
+    @rank_zero_only
     def check_writable(self) -> None:
         """Make the run directory and prove that a file can be written in it.
 
@@ -212,8 +288,9 @@ class FileLogger(Logger):
             file.write(bytes(4096))  # an empty file can be made on a full disk
             file.flush()
 
+    @rank_zero_only
     def log_hyperparams(
-        self, params: Mapping[str, Any] | Namespace, metrics: Mapping[str, float] | float | None = None
+        self, params: Mapping[str, Any] | Namespace | None = None, metrics: Mapping[str, float] | float | None = None
     ) -> None:
         """Write `hparams.yaml`; what is logged later joins what is there. Values that YAML can't say become strings."""
         import yaml
@@ -221,7 +298,7 @@ class FileLogger(Logger):
         self.hparams.update(as_mapping(params))
         self._claim()
         text = yaml.safe_dump(plain(self.hparams), sort_keys=False, allow_unicode=True)
-        with replacing(Path(self.log_dir, "hparams.yaml")) as file:
+        with replacing(Path(self.log_dir, self.NAME_HPARAMS_FILE)) as file:
             file.write(text.encode())
 
     def continue_run(self, directory: Path, step: int) -> None:
@@ -320,6 +397,20 @@ def number(name: str, value: Any) -> float:
     )
 
 
+def flat_row(metrics: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """Return metrics as Python numbers under their full names; a mapping as a value becomes `name/key`."""
+    row: dict[str, float] = {}
+    for name, value in metrics.items():
+        if type(value) is float:
+            row[prefix + name] = value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                row[f"{prefix}{name}/{key}"] = number(f"{name}/{key}", item)
+        else:
+            row[prefix + name] = number(name, value)
+    return row
+
+
 def check_metrics(metrics: Any) -> None:
     """Raise if `metrics` is not a mapping of names to values."""
     if not isinstance(metrics, Mapping):
@@ -330,6 +421,20 @@ def check_metrics(metrics: Any) -> None:
     for name in metrics:
         if not isinstance(name, str):
             raise TypeError(f"A metric's name must be a string, not {name!r} ({type(name).__name__}).")
+
+
+def local_path(save_dir: str | os.PathLike[str]) -> str:
+    """Return the path of a directory on this machine, given as a path or a `file://` address."""
+    path = os.fspath(save_dir)
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return path
+    if scheme != "file":
+        raise ValueError(
+            f"save_dir must be a directory of this machine, not {path!r}: rows are appended as they come, which "
+            f"{scheme} storage can't do. Log to a local directory and copy it when the run is over."
+        )
+    return rest
 
 
 def check_stays_below(argument: str, value: Any) -> None:
@@ -384,7 +489,9 @@ def append(path: Path, data: bytes, durable: bool = False) -> None:
 
 
 def as_mapping(params: Any) -> dict[str, Any]:
-    """Return hyper-parameters as a dict, given a mapping, a namespace or a dataclass."""
+    """Return hyper-parameters as a dict, given a mapping, a namespace, a dataclass or None for none."""
+    if params is None:
+        return {}
     if isinstance(params, Mapping):
         return dict(params)
     if isinstance(params, Namespace):

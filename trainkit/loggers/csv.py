@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import os
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from trainkit.loggers.base import FileLogger, append, check_metrics, number, replacing
+from trainkit.loggers.base import FileLogger, append, check_metrics, flat_row, rank_zero_experiment, replacing
+from trainkit.rank_zero import rank_zero_only
 
 
 class CSVLogger(FileLogger):
@@ -34,6 +36,8 @@ class CSVLogger(FileLogger):
         >>> logger.save()
     """
 
+    NAME_METRICS_FILE = "metrics.csv"
+
     def __init__(
         self,
         save_dir: str | os.PathLike[str],
@@ -52,10 +56,31 @@ class CSVLogger(FileLogger):
         self._rewind_to: int | None = None
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> CSVLogger:
-        """The logger itself: there is nothing behind it."""
+        """The logger itself: there is nothing behind it. See `metrics`, `hparams`, `log_metrics`, `log_hparams`."""
         return self
 
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The rows that are not in the file yet."""
+        return self._rows
+
+    @property
+    def metrics_keys(self) -> list[str]:
+        """The columns of the file so far."""
+        return list(self._columns or [])
+
+    @property
+    def metrics_file_path(self) -> str:
+        """Where the rows go."""
+        return str(self._path())
+
+    def log_hparams(self, params: Mapping[str, Any] | Namespace) -> None:
+        """Write `hparams.yaml`, as `log_hyperparams` does."""
+        self.log_hyperparams(params)
+
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add one row. A mapping as a value is spread over the columns `name/key`.
 
@@ -67,32 +92,26 @@ class CSVLogger(FileLogger):
         if not metrics:
             return
         metrics, step = self._place(metrics, step)
-        row: dict[str, float] = {"step": step}
-        prefix = self._prefix
-        for name, value in metrics.items():
-            if type(value) is float:
-                row[prefix + name] = value
-            elif isinstance(value, Mapping):
-                for key, item in value.items():
-                    row[f"{prefix}{name}/{key}"] = number(f"{name}/{key}", item)
-            else:
-                row[prefix + name] = number(name, value)
+        row: dict[str, float] = {"step": step, **flat_row(metrics, self._prefix)}
         if not self._rows:
             self._first_unwritten_step = step
         self._rows.append(row)
         if step - self._first_unwritten_step >= self._flush_every - 1 or len(self._rows) >= self._flush_every:
             self._write_rows()
 
+    @rank_zero_only
     def save(self) -> None:
         """Write all rows."""
         self._write_rows()
 
+    @rank_zero_only
     def sync(self) -> None:
         """Write all rows and have them on the disk, safe from a power loss as well; may take some milliseconds."""
         self._write_rows()
         if self._columns is not None:
             append(self._path(), b"", durable=True)
 
+    @rank_zero_only
     def close(self) -> None:
         """Write all rows. No file is kept open."""
         self._write_rows()
@@ -102,7 +121,7 @@ class CSVLogger(FileLogger):
         self._rewind_to = step
 
     def _path(self) -> Path:
-        return Path(self.log_dir, "metrics.csv")
+        return Path(self.log_dir, self.NAME_METRICS_FILE)
 
     def _write_rows(self) -> None:
         if not self._rows:

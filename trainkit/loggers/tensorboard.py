@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit.errors import MisconfigurationException
-from trainkit.loggers.base import FileLogger, append, as_mapping, check_metrics, check_stays_below, number, plain
+from trainkit.loggers.base import (
+    FileLogger,
+    append,
+    as_mapping,
+    check_metrics,
+    check_stays_below,
+    number,
+    plain,
+    rank_zero_experiment,
+)
+from trainkit.rank_zero import rank_zero_only
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -79,12 +89,19 @@ class TensorBoardLogger(FileLogger):
         return str(Path(super().log_dir, self._sub_dir))
 
     @property
+    def sub_dir(self) -> str | None:
+        """The directory below `version_N` that was asked for."""
+        return self._sub_dir or None
+
+    @property
+    @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         """The `SummaryWriter`, for images, histograms, text and the like; opened when it is first asked for."""
         if self._writer is None or self._writer.file_writer is None:  # or its user has closed it
             self._writer = self._open_writer()
         return self._writer  # type: ignore[no-any-return]
 
+    @rank_zero_only
     def check_writable(self) -> None:
         """Make the run directory, prove that a file can be written in it, and check the `SummaryWriter`'s arguments.
 
@@ -100,6 +117,7 @@ class TensorBoardLogger(FileLogger):
                 )
         super().check_writable()
 
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Record values at x value `step`.
 
@@ -131,14 +149,19 @@ class TensorBoardLogger(FileLogger):
             except OSError as error:
                 raise self._failure(error) from error
 
+    @rank_zero_only
     def log_hyperparams(
-        self, params: Mapping[str, Any] | Namespace, metrics: Mapping[str, float] | float | None = None
+        self,
+        params: Mapping[str, Any] | Namespace | None = None,
+        metrics: Mapping[str, float] | float | None = None,
+        step: int | None = None,
     ) -> None:
         """Write `hparams.yaml`, and the HParams tab's record into the event file.
 
         Args:
             params: any values; nested mappings are shown as `outer/inner`, what is no number, string or bool as text.
             metrics: the metrics to compare runs by, with a first value each; a number stands for `hp_metric`.
+            step: the x value of these; by default where the run is.
         """
         super().log_hyperparams(params)
         if metrics is None:
@@ -160,9 +183,10 @@ class TensorBoardLogger(FileLogger):
             writer.file_writer.add_summary(experiment)
             writer.file_writer.add_summary(session_start)
             for name, value in values.items():
-                writer.add_scalar(name, value, max(0, self._last_step or 0))
+                writer.add_scalar(name, value, max(0, self._last_step or 0) if step is None else step)
         self._hparams_are_there = True
 
+    @rank_zero_only
     def log_graph(self, module: Any, input_array: Any = None) -> None:
         """Record the module's graph, if `log_graph=True`. Modes, gradients and random numbers stay as they were."""
         if not self._log_graph:
@@ -199,12 +223,14 @@ class TensorBoardLogger(FileLogger):
             for part, mode in modes:
                 part.training = mode
 
+    @rank_zero_only
     def save(self) -> None:
         """Write all events."""
         if self._writer is not None:
             with self._reported():
                 self._writer.flush()
 
+    @rank_zero_only
     def sync(self) -> None:
         """Write all events and have them on the disk, safe from a power loss as well; may take some milliseconds."""
         self.save()
@@ -212,8 +238,11 @@ class TensorBoardLogger(FileLogger):
             with self._reported():
                 self._writer.file_writer.event_writer.sync()
 
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Save and close. The HParams tab hears only of success: a run that failed may be resumed and succeed."""
+        if self._made and not Path(self.log_dir, self.NAME_HPARAMS_FILE).exists():
+            FileLogger.log_hyperparams(self, {})  # there is one beside every event file, as Lightning has it
         if status == "success" and self._session_end is not None:
             with self._reported():
                 writer: Any = self.experiment
@@ -221,6 +250,7 @@ class TensorBoardLogger(FileLogger):
             self._session_end = None
         super().finalize(status)
 
+    @rank_zero_only
     def close(self) -> None:
         """Write all events; logging again opens another event file in the same directory."""
         if self._writer is not None:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from trainkit import components
 from trainkit.checkpoint import restore
 from trainkit.data.sources import Sources
-from trainkit.data.transfer import transfer_of
+from trainkit.data.transfer import TRANSFER_HOOKS, transfer_of
 from trainkit.datamodule import DataModule
 from trainkit.errors import MisconfigurationException, SearchOver
-from trainkit.hooks import Hooks, is_overridden
+from trainkit.hooks import Hooks, announced, is_overridden
 from trainkit.hparams import merged_hparams
-from trainkit.metrics import Metrics
+from trainkit.metrics import Metrics, NoMetrics
 from trainkit.module import Module
 from trainkit.optim import Schedules, configure
 from trainkit.random import seed_of_state
@@ -114,7 +114,9 @@ def attach(
     trainer.state = TrainerState(TrainerStatus.RUNNING, fn, LOOP[fn])
     trainer.should_stop = False
     trainer.interruption.signal = None
-    trainer.metrics = Metrics()
+    kind = NoMetrics if trainer.barebones else Metrics
+    trainer.metrics = kind(module, has_logger=bool(trainer.loggers))
+    trainer.metrics.x = trainer.progress.window
     if fn == TrainerFn.FITTING:
         if trainer.max_epochs is None:
             trainer.max_epochs = 1000  # nothing else limits the run
@@ -123,7 +125,10 @@ def attach(
     module.attach(trainer, trainer.metrics)
     if datamodule is not None:
         datamodule.trainer = trainer
+    trainer.metrics.hook = "configure_callbacks"
     trainer.callbacks = components.with_callbacks_of(module, trainer.callbacks)
+    for callback in trainer.callbacks:
+        callback._run_metrics = trainer.metrics
     trainer.hooks = Hooks(trainer, module, trainer.callbacks)
 
 
@@ -147,6 +152,8 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
         restore.restore_weights(trainer, trainer.checkpoint, Path(trainer.resume_path or ""))
     trainer.strategy.setup(module)
     trainer.transfer = transfer_of(trainer.strategy, module, trainer.datamodule)
+    if trainer.transfer is not None and any(is_overridden(o, name) for o in (*data, module) for name in TRANSFER_HOOKS):
+        trainer.transfer = announced(trainer, "transfer_batch_to_device", trainer.transfer)
     if fitting:
         configure_optimizers(trainer)
     trainer.precision_plugin.attach(trainer.optimizers if fitting else [], trainer.device)
@@ -194,4 +201,4 @@ def tear_down(trainer: Trainer, fn: TrainerFn, data: list[DataModule], status: s
     trainer.checkpoint_io.teardown()
     trainer.accelerator.teardown()
     trainer.state.stage = None
-    trainer.metrics.batch = None
+    trainer.metrics.finish()

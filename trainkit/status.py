@@ -121,8 +121,8 @@ class Status:
 
     @property
     def log_step(self) -> int:
-        """The x value of what is logged now: the 0-based index of the last update."""
-        return max(self.progress.step - 1, 0)
+        """The x value of what is logged now: in fit, how many updates were over before this batch."""
+        return self.metrics.x
 
     # ---- limits
     @property
@@ -213,7 +213,7 @@ class Status:
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
         """What the loggers got, newest values, as 0-dimensional tensors."""
-        return {name: torch.tensor(value) for name, value in self.metrics.logged.items()}
+        return self.metrics.logged_metrics
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 from trainkit.callback import Callback
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
-from trainkit.loggers import Logger
+from trainkit.loggers import DummyLogger, Logger, TensorBoardLogger
 from trainkit.module import Module
 from trainkit.strategies import Strategy
 
@@ -40,19 +40,26 @@ def set_torch_switches(deterministic: bool | str | None, benchmark: bool | None)
         torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
 
 
-def loggers_of(given: Any, root: str) -> list[Logger]:
-    """Return the run's loggers: None and True make the default one, False none."""
+def loggers_of(given: Any, root: str, trial: bool) -> list[Logger]:
+    """Return the run's loggers: None and True make the default one, False none; for a trial one that does nothing."""
     if given is False:
         return []
     if given is None or given is True:
-        from trainkit.loggers import TensorBoardLogger
-
-        return [TensorBoardLogger(root)]
-    loggers = list(given) if isinstance(given, (list, tuple)) else [given]
+        loggers: list[Any] = [TensorBoardLogger(root, version=slurm_job())]
+    else:
+        loggers = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Logger)) else [given]
     for logger in loggers:
         if not isinstance(logger, Logger):
-            raise TypeError(f"logger must be True, False, or Logger objects. Received: {logger!r}.")
-    return loggers
+            hint = " Did you forget the brackets?" if isinstance(logger, type) else ""
+            raise TypeError(f"logger must be True, False, or Logger objects. Received: {logger!r}.{hint}")
+    return [DummyLogger()] if trial and loggers else loggers
+
+
+def slurm_job() -> int | None:
+    """Return the id of the SLURM job that runs this, so that one requeued goes on in its directory; None elsewhere."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return int(job) if job.isdigit() and not interactive else None
 
 
 def claim_directories(loggers: list[Logger]) -> None:

@@ -170,7 +170,7 @@ class Trainer(Status):
         if self.fast_dev_run:
             self._shorten(self.fast_dev_run)
         components.set_torch_switches(self.deterministic, self.benchmark)
-        self.loggers = components.loggers_of(False if self.fast_dev_run else logger, self.default_root_dir)
+        self.loggers = components.loggers_of(logger, self.default_root_dir, trial=bool(self.fast_dev_run))
         self.callbacks = components.callbacks_of(
             callbacks,
             enable_checkpointing=check.flag("enable_checkpointing", enable_checkpointing),
@@ -365,6 +365,7 @@ class Trainer(Status):
             if stage == "fit":
                 self._configure_optimizers()
                 hooks.on_fit_start()
+            if stage != "predict":
                 self._log_hyperparameters()
             self.precision.attach(self.optimizers if stage == "fit" else [], self.device)
             self.transfer = transfer_of(self.strategy, module, self.datamodule)
@@ -581,11 +582,12 @@ class Trainer(Status):
             logger.save()
 
     def _log_hyperparameters(self) -> None:
-        """Hand the module's and the data module's hyperparameters to the loggers, once a run."""
+        """Hand the hyperparameters of module and data module, and the module for its graph, to the loggers."""
         hparams = merged_hparams([self.module] if self.datamodule is None else [self.module, self.datamodule])
         for logger in self.loggers:
             if hparams:
                 logger.log_hyperparams(hparams)
+            logger.log_graph(self.module)
             logger.save()
 
     def print(self, *args: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from trainkit.checkpoint import store
 from trainkit.errors import CheckpointError, warn
 from trainkit.hparams import AttributeDict, plain_hparams
+from trainkit.loggers.base import runs_directory
 from trainkit.state import ByKey, resume_state
 
 if TYPE_CHECKING:
@@ -252,11 +253,11 @@ def find_last(trainer: Trainer) -> Path | None:
     """
     own = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     folders = [Path(folder) for folder in own if folder]
-    if not folders and trainer.logger is not None and trainer.logger.root_dir:
-        root = Path(trainer.logger.root_dir)
+    if not folders and trainer.logger is not None:
+        root = Path(runs_directory(trainer.logger, trainer.default_root_dir))
         runs = [run for run in root.iterdir() if run.is_dir()] if root.is_dir() else []
-        folders = [run / "checkpoints" for run in sorted(runs, key=_run_number, reverse=True)]
-    if not folders:
+        folders = [run / "checkpoints" for run in (*sorted(runs, key=_run_number, reverse=True), root)]
+    elif not folders:
         folders = [Path(trainer.default_root_dir) / "checkpoints"]
     for folder in folders:
         if not any(folder.glob("*.ckpt")):

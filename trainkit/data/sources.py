@@ -67,7 +67,7 @@ class Sources:
         self.loaders["train"] = [loader]
         self.val_every = self._validation_interval(loader.num_batches)
         updates = loader.num_batches / trainer.accumulate_grad_batches
-        if trainer.loggers and trainer.log_every_n_steps > updates > 0:
+        if trainer.loggers and not trainer.fast_dev_run and trainer.log_every_n_steps > updates > 0:
             warn(
                 f"log_every_n_steps={trainer.log_every_n_steps} is more than the {math.ceil(updates)} updates of an "
                 "epoch; a smaller one logs training metrics in every epoch."

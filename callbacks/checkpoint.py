@@ -7,9 +7,8 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from torch import Tensor
 from trainkit import Callback
 from trainkit.callbacks.monitor import Event, Watch, check_mode, looks_at_epoch_end
 from trainkit.checkpoint import naming, policy, store
-from trainkit.checkpoint.ledger import Finder, described, free_path
+from trainkit.checkpoint.io import CheckpointIO
+from trainkit.checkpoint.ledger import Decision, Finder, Outcome, Written, described, free_path
 from trainkit.checkpoint.policy import Moment, Saved
 from trainkit.duration import parse_duration
 from trainkit.errors import CheckpointError, MisconfigurationException, nearest
@@ -34,43 +34,6 @@ class Checkpoint(Callback):
     saves = True
 
 
-@dataclass
-class _Decision:
-    """That something is to be saved at the next save point, and what was known when that was decided."""
-
-    trainer: Trainer
-    epoch: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    score: Tensor | None = None
-    ranked: bool = False
-    """Whether it takes part in the best k; else only `last` is written."""
-    last: bool = False
-    resumable: bool = False
-    """Whether it must hold the whole state, whatever `save_weights_only` says."""
-    outcome: _Outcome | None = None
-
-
-@dataclass
-class _Outcome:
-    """What a decision leads to: files, and the callback's attributes afterwards."""
-
-    step: int
-    path: str | None = None
-    last: str | None = None
-    remove: list[str] = field(default_factory=list)
-    attributes: dict[str, Any] = field(default_factory=dict)
-
-
-class _Written(NamedTuple):
-    """What was written last."""
-
-    where: tuple[int, int, int]
-    """The epochs, batches and updates done: a second file from the same place needs no second write."""
-    path: str
-    ranked: bool
-    resumable: bool
-
-
 class ModelCheckpoint(Checkpoint):
     """Save checkpoints while training, and keep the best and the last of them.
 
@@ -84,13 +47,15 @@ class ModelCheckpoint(Checkpoint):
         dirpath: where the files go; it is made if need be. None: `checkpoints` in the run directory
             (`trainer.run_dir`).
         filename: a template such as "{epoch}-{val_loss:.2f}". Every metric, "epoch" and "step" can be in it; a metric
-            that is not there becomes 0. None: "{epoch}-{step}". A file that is there already is not overwritten: the
-            new one ends in "-v1".
+            that is not there becomes 0. A "/" makes directories. None: "{epoch}-{step}". A file that is there already
+            is not overwritten: the new one ends in "-v1".
         monitor: the metric that says which are best; None keeps the newest.
         verbose: print what is saved.
         save_last: True: also keep what was saved last as `last.ckpt`, best or not. It is a second name of the same
             file where that file is kept (a hard link), and needs no second write. "link": a symbolic link there.
         save_top_k: how many of the best to keep; -1 for all, 0 for none.
+        save_on_exception: save when an exception ends the run, too. The updates before it are in it; that a run goes on
+            exactly from there can't be promised.
         save_weights_only: leave out what only a resumed run needs.
         mode: "min" when a smaller metric is better, "max" when a larger one is. NaN is worse than anything.
         auto_insert_metric_name: put each metric's name before its value: "{val_loss:.2f}" becomes "val_loss=0.31". A
@@ -102,20 +67,18 @@ class ModelCheckpoint(Checkpoint):
         save_on_train_epoch_end: with `every_n_epochs`, True saves at the end of the training epoch, False after
             validation. None: after validation when there is more or less than one in each epoch.
         enable_version_counter: False overwrites a file that is there already.
-        save_on_exception: save `last.ckpt` when an exception ends the run, too. The updates before it are in it; that a
-            run goes on exactly from there can't be promised.
 
     Attributes:
         best_model_path: the best file; without `monitor` the newest. "" before the first.
         best_model_score: its metric, a tensor.
         best_k_models: the files kept, with their metric.
-        kth_best_model_path, kth_value: the worst of them, once there are k.
+        kth_best_model_path, kth_value: the worst of them, once there are k; always if all are kept.
         last_model_path: `last.ckpt`, "" before the first.
-        current_score: the metric when something was last decided.
+        current_score: the metric of what was saved last among the best.
 
     Raises:
         MisconfigurationException: arguments that can't work; when training begins, a directory that can't be written;
-            during training, a metric that is not there.
+            during training, a metric that is not there after a validation. Without validation that is a warning.
 
     Example:
         >>> checkpoint = ModelCheckpoint(monitor="val_loss", filename="{epoch}-{val_loss:.2f}", save_top_k=3)
@@ -137,6 +100,7 @@ class ModelCheckpoint(Checkpoint):
         verbose: bool = False,
         save_last: bool | Literal["link"] | None = None,
         save_top_k: int = 1,
+        save_on_exception: bool = False,
         save_weights_only: bool = False,
         mode: Literal["min", "max"] = "min",
         auto_insert_metric_name: bool = True,
@@ -145,7 +109,6 @@ class ModelCheckpoint(Checkpoint):
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
-        save_on_exception: bool = False,
     ) -> None:
         check_mode("ModelCheckpoint", mode)
         self._watch = None if monitor is None else Watch("ModelCheckpoint", monitor, mode)
@@ -211,12 +174,12 @@ class ModelCheckpoint(Checkpoint):
         self._running = False
         self._when_batch: policy.When | None = None  # None: nothing to decide in a step
         self._when_later: policy.When = policy.never
-        self._looked = False  # for the metric
+        self._looked = self._missed = False  # for the metric
         self._waiting = False  # for a new value of it
-        self._decision: _Decision | None = None
+        self._decision: Decision | None = None
         self._decided_step = -1
         self._clock = math.inf
-        self._written: _Written | None = None
+        self._written: Written | None = None
         self._warned: set[str] = set()
 
     def _begin_policies(self, trainer: Trainer) -> None:
@@ -354,8 +317,12 @@ class ModelCheckpoint(Checkpoint):
             self._decision = None
 
     def on_train_end(self, trainer: Trainer, module: Module) -> None:
-        """Say so when it looked for the metric and never found it."""
-        if self._looked and self.save_top_k and not self.best_k_models and not self.best_model_path:
+        """Save `last` if nothing was saved before; say so when it looked for the metric and never found it."""
+        if self._running and self.save_last and self._written is None:
+            self._decision = Decision(trainer, _epoch_of(trainer), numbers(trainer.callback_metrics), last=True)
+            self._save(self._decision)
+        found = self.best_k_models or self.best_model_path or self._missed
+        if self._looked and self.save_top_k and not found:
             unvalidated = trainer.enable_validation and self._watch is not None and not self._watch.validated
             why = "validation did not run" if unvalidated else "there was no new value when it looked"
             warnings.warn(f"ModelCheckpoint(monitor={self.monitor!r}) kept nothing: {why}.", stacklevel=2)
@@ -365,9 +332,15 @@ class ModelCheckpoint(Checkpoint):
         wanted = self.save_on_exception and self._running and not trainer.sanity_checking
         if not wanted or not isinstance(exception, Exception) or isinstance(exception, CheckpointError):
             return
+        here = (trainer.progress.epoch, trainer.progress.batch, trainer.progress.step)
+        if self._written is not None and self._written.where == here:
+            return
+        # what was decided is not between windows: this has nothing to do with the best
+        decision = Decision(trainer, _epoch_of(trainer), numbers(trainer.callback_metrics), last=bool(self.save_last))
+        self._outcome(decision).path = self._free_path(decision, self.filename, self._claimed_by_others(trainer), set())
+        self._decision = decision
         try:
-            self._decision = None  # what was decided is not between windows
-            self._save(self._decide_last(trainer))
+            self._save(decision)
         except Exception as error:
             exception.add_note(f"save_on_exception: nothing was saved: {error}")
         finally:
@@ -392,20 +365,22 @@ class ModelCheckpoint(Checkpoint):
             if ranked:
                 score = watch.read(trainer)
             elif event != "batch" and not watch.may_come(trainer):
-                raise MisconfigurationException(watch.missing(trainer, event))
+                if watch.validated:
+                    raise MisconfigurationException(watch.missing(trainer, event))
+                if not self._missed:  # a run without validation need not be in vain
+                    warnings.warn(f"{watch.missing(trainer, event)} Nothing is kept without it.", stacklevel=2)
+                    self._missed = True
             self._waiting = not ranked and (self._waiting or event == "batch")
         if not ranked and (not self.save_last or (self._waiting and event != "batch")):
             return
         if self._decision is not None and self._decision.ranked and not ranked:
             return  # inside an accumulation window: what was decided there is still to be written
         metrics = numbers(trainer.callback_metrics)
-        self._decision = _Decision(trainer, trainer.current_epoch, metrics, score, ranked, bool(self.save_last))
+        self._decision = Decision(trainer, trainer.current_epoch, metrics, score, ranked, bool(self.save_last))
 
-    def _decide_last(self, trainer: Trainer) -> _Decision:
+    def _decide_last(self, trainer: Trainer) -> Decision:
         """Note that `last` is to be written with all that a resumed run needs, whatever else is."""
-        progress = trainer.progress
-        epoch = progress.epoch - (progress.batch == 0 and progress.epoch > 0)  # the one of the last finished batch
-        decision = self._decision or _Decision(trainer, epoch, numbers(trainer.callback_metrics))
+        decision = self._decision or Decision(trainer, _epoch_of(trainer), numbers(trainer.callback_metrics))
         decision.last = decision.resumable = True
         decision.outcome = None
         self._decision = decision
@@ -417,7 +392,7 @@ class ModelCheckpoint(Checkpoint):
         return bool(savers) and savers[0] is self
 
     # ---- working out what a decision leads to
-    def _outcome(self, decision: _Decision) -> _Outcome:
+    def _outcome(self, decision: Decision) -> Outcome:
         """Return the files and attributes that follow; the same ones however often it is asked.
 
         Another callback's checkpoint may be written first, and has this one's attributes in it.
@@ -425,18 +400,18 @@ class ModelCheckpoint(Checkpoint):
         step = decision.trainer.global_step
         if decision.outcome is not None and decision.outcome.step == step:
             return decision.outcome
-        outcome = decision.outcome = _Outcome(step)
-        metrics = {**decision.metrics, "epoch": decision.epoch, "step": step}
+        outcome = decision.outcome = Outcome(step)
         others = self._claimed_by_others(decision.trainer)
         if decision.ranked:
-            outcome.attributes["current_score"] = decision.score
             value = None if decision.score is None else float(decision.score)
             plan = policy.plan(self._saved(), Saved("", value), self._keep)
             if plan.write:
                 going = {saved.path for saved in plan.remove}
-                outcome.path = path = self._free_path(metrics, self.filename, others, going)
+                outcome.path = path = self._free_path(decision, self.filename, others, going)
                 outcome.attributes["best_model_path"] = path
                 if decision.score is not None:
+                    worst = math.inf if self.mode == "min" else -math.inf
+                    outcome.attributes["current_score"] = torch.nan_to_num(decision.score, worst, math.inf, -math.inf)
                     kept = [saved if saved.path else Saved(path, value) for saved in plan.kept]
                     scores = {**self.best_k_models, path: decision.score}
                     outcome.attributes.update(described(kept, scores, self.save_top_k, self.mode))
@@ -444,7 +419,7 @@ class ModelCheckpoint(Checkpoint):
         if decision.last:
             before = self.last_model_path
             taken = others | ({outcome.path} if outcome.path else set())
-            outcome.last = self._free_path(metrics, self.CHECKPOINT_NAME_LAST, taken, {before})
+            outcome.last = self._free_path(decision, self.CHECKPOINT_NAME_LAST, taken, {before})
             outcome.attributes["last_model_path"] = outcome.last
             if before and before != outcome.last and before not in (outcome.path, *self.best_k_models):
                 outcome.remove.append(before)
@@ -453,7 +428,7 @@ class ModelCheckpoint(Checkpoint):
     def _saved(self) -> tuple[Saved, ...]:
         if self.monitor is None:
             newest = self.best_model_path  # may be one of another directory, which is not this callback's to remove
-            return (Saved(newest),) if newest and os.path.dirname(newest) == self.dirpath else ()
+            return (Saved(newest),) if newest and newest.startswith(os.path.join(self.dirpath or "", "")) else ()
         return tuple(Saved(path, float(score)) for path, score in self.best_k_models.items())
 
     def _set(self, attributes: dict[str, Any]) -> None:
@@ -471,16 +446,20 @@ class ModelCheckpoint(Checkpoint):
                     claimed |= {path for path in (outcome.path, outcome.last) if path is not None}
         return claimed
 
-    def _free_path(
-        self, metrics: Mapping[str, float], template: str | None, taken: set[str], replaceable: set[str]
-    ) -> str:
+    def _free_path(self, decision: Decision, template: str | None, taken: set[str], replaceable: set[str]) -> str:
+        trainer = decision.trainer
+        metrics = {**decision.metrics, "epoch": decision.epoch, "step": trainer.global_step}
+
         def name(version: int | None) -> str:
             return self._path(metrics, template, version)
 
-        return free_path(name, taken, replaceable, not self.enable_version_counter, self.STARTING_VERSION)
+        def exists(path: str) -> bool:
+            return self.file_exists(path, trainer)
+
+        return free_path(name, exists, taken, replaceable, not self.enable_version_counter, self.STARTING_VERSION)
 
     # ---- writing
-    def _save(self, decision: _Decision) -> None:
+    def _save(self, decision: Decision) -> None:
         """Write, then remember, then remove: in this order nothing good is lost when the process dies."""
         trainer = decision.trainer
         here = (trainer.progress.epoch, trainer.progress.batch, trainer.progress.step)
@@ -490,12 +469,14 @@ class ModelCheckpoint(Checkpoint):
         outcome = self._outcome(decision)
         if outcome.path is not None:
             trainer.save_checkpoint(outcome.path, self.save_weights_only)
-            written = _Written(here, outcome.path, True, not self.save_weights_only)
+            written = Written(here, outcome.path, True, not self.save_weights_only)
         if outcome.last is not None:
             if written is None or (decision.resumable and not written.resumable):
                 resumable = decision.resumable or not self.save_weights_only
                 trainer.save_checkpoint(outcome.last, not resumable)
-                written = _Written(here, outcome.last, decision.ranked, resumable)
+                written = Written(here, outcome.last, decision.ranked, resumable)
+            elif written.path != outcome.last and type(trainer.checkpoint_io) is not CheckpointIO:
+                trainer.save_checkpoint(outcome.last, self.save_weights_only)  # who knows what lies under a path of its
             elif written.path != outcome.last and trainer.is_global_zero:
                 store.link_or_copy(written.path, outcome.last, symbolic=self.save_last == "link")
         self._set(outcome.attributes)
@@ -504,21 +485,29 @@ class ModelCheckpoint(Checkpoint):
             return
         if trainer.is_global_zero:
             for path in outcome.remove:
-                store.remove(path)
+                trainer.checkpoint_io.remove_checkpoint(path)
         for logger in trainer.loggers:
             logger.after_save_checkpoint(self)
         if self.verbose and trainer.is_global_zero:
             trainer.print(self._report(decision, outcome))
 
-    def _report(self, decision: _Decision, outcome: _Outcome) -> str:
+    def _report(self, decision: Decision, outcome: Outcome) -> str:
         value = "" if decision.score is None else f", {self.monitor} = {float(decision.score):.6g}"
         best = "" if self.best_model_score is None else f" (best {float(self.best_model_score):.6g})"
         paths = " and ".join(path for path in (outcome.path, outcome.last) if path is not None)
         return f"ModelCheckpoint: epoch {decision.epoch}, step {outcome.step}{value}{best}: saved {paths}"
 
     # ---- names
+    def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
+        """Whether a name is taken, so that the next version is tried."""
+        return os.path.lexists(filepath)
+
     def format_checkpoint_name(
-        self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None
+        self,
+        metrics: Mapping[str, Any],
+        filename: str | None = None,
+        ver: int | None = None,
+        prefix: str | None = None,
     ) -> str:
         """Return the path a checkpoint with these metrics would get.
 
@@ -526,15 +515,16 @@ class ModelCheckpoint(Checkpoint):
             metrics: what the template may ask for, "epoch" and "step" included. What is missing becomes 0.
             filename: a template instead of this callback's own.
             ver: a version to put behind it.
+            prefix: something to put before it.
 
         Raises:
             MisconfigurationException: the template can't be used.
         """
-        template = filename or self.filename or "{epoch}-{step}"
+        join = self.CHECKPOINT_JOIN_CHAR
+        template = filename or self.filename or f"{{epoch}}{join}{{step}}"
         name = naming.fill(template, metrics, self.auto_insert_metric_name, self.CHECKPOINT_EQUALS_CHAR)
-        if ver is not None:
-            name = f"{name}{self.CHECKPOINT_JOIN_CHAR}v{ver}"
-        name += self.FILE_EXTENSION
+        name = name if prefix is None else f"{prefix}{join}{name}"
+        name += ("" if ver is None else f"{join}v{ver}") + self.FILE_EXTENSION
         return os.path.join(self.dirpath, name) if self.dirpath is not None else name
 
     def _path(self, metrics: Mapping[str, Any], template: str | None, version: int | None = None) -> str:
@@ -558,6 +548,12 @@ class ModelCheckpoint(Checkpoint):
         path = filepath if filepath is not None else os.path.join(self.dirpath or "", "best_k_models.yaml")
         with open(path, "w") as file:
             yaml.safe_dump({path: float(score) for path, score in self.best_k_models.items()}, file)
+
+
+def _epoch_of(trainer: Trainer) -> int:
+    """Return the epoch of the last finished batch."""
+    progress = trainer.progress
+    return progress.epoch - (progress.batch == 0 and progress.epoch > 0)
 
 
 def _directory(dirpath: str | os.PathLike[str]) -> str:

@@ -24,20 +24,22 @@ if TYPE_CHECKING:
 class RichProgressBarTheme:
     """The styles a terminal shows, each a rich style such as "bold green", and the form of the numbers.
 
-    `metrics_format` is a format specification such as ".3f"; "" gives four significant digits.
+    `metrics_format` is a format specification such as ".3f"; "" gives four significant digits. `progress_bar_pulse` is
+    not used: where there is no length there is no bar.
     """
 
     description: str = "bold"
     progress_bar: str = "cyan"
     progress_bar_finished: str = "green"
+    progress_bar_pulse: str = "cyan"
     batch_progress: str = ""
     time: str = "dim"
     processing_speed: str = "dim"
     metrics: str = ""
-    label: str = "dim"
-    best: str = "bold green"
     metrics_text_delimiter: str = "  "
     metrics_format: str = ""
+    label: str = "dim"
+    best: str = "bold green"
 
 
 def shows_live_line(stream: Any) -> bool:

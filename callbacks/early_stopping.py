@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from trainkit import Callback
 from trainkit.callbacks.monitor import Event, Watch, epoch_is_whole, looks_at_epoch_end
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, MissingMetric
 
 if TYPE_CHECKING:
     from trainkit import Module, Trainer
@@ -37,11 +38,11 @@ class EarlyStopping(Callback):
 
     Args:
         monitor: the metric's name.
-        min_delta: by how much it has to get better to count.
+        min_delta: by how much more than this it has to get better to count; below 0, how much worse still counts.
         patience: how many looks in a row without getting better end training.
         verbose: print each improvement and the end.
         mode: "min" when smaller is better, "max" when larger is.
-        strict: a metric that is not there is an error; False warns once and goes on.
+        strict: a metric that is not there is an error; False warns once (RuntimeWarning) and goes on.
         check_finite: end training when the metric is NaN or infinite.
         stopping_threshold: end training as soon as the metric is better than this.
         divergence_threshold: end training as soon as the metric is worse than this.
@@ -57,7 +58,8 @@ class EarlyStopping(Callback):
         stopping_reason_message: the same in words, None before.
 
     Raises:
-        MisconfigurationException: an argument that can't work; during training, a metric that is not there.
+        MisconfigurationException: an argument that can't work.
+        MissingMetric: during training, a metric that is not there (a RuntimeError, too).
 
     Example:
         >>> stopping = EarlyStopping("val_loss", patience=5)
@@ -66,6 +68,7 @@ class EarlyStopping(Callback):
     """
 
     monitors = True
+    mode_dict: ClassVar[dict[str, Callable[..., Any]]] = {"min": torch.lt, "max": torch.gt}
 
     def __init__(
         self,
@@ -92,7 +95,7 @@ class EarlyStopping(Callback):
                 f"EarlyStopping(min_delta=...) must be a finite number. Received: {min_delta!r}."
             )
         self.patience = patience
-        self.min_delta = abs(min_delta) if mode == "max" else -abs(min_delta)
+        self.min_delta = min_delta if mode == "max" else -min_delta
         self.verbose = verbose
         self.strict = strict
         self.check_finite = check_finite
@@ -111,6 +114,11 @@ class EarlyStopping(Callback):
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
         self._warned = False
+
+    @property
+    def monitor_op(self) -> Callable[..., Any]:
+        """Says of two tensors whether the first one is better."""
+        return self.mode_dict[self.mode]
 
     # ---- state
     @property
@@ -200,9 +208,9 @@ class EarlyStopping(Callback):
 
     def _complain(self, problem: str) -> None:
         if self.strict:
-            raise MisconfigurationException(problem)
+            raise MissingMetric(problem)
         if not self._warned:
-            warnings.warn(problem, stacklevel=2)
+            warnings.warn(problem, RuntimeWarning, stacklevel=2)
             self._warned = True
 
     def _judge(self, score: Tensor) -> tuple[EarlyStoppingReason, str]:
@@ -211,18 +219,15 @@ class EarlyStopping(Callback):
         name = f"{self.monitor} = {value:.6g}"
         if self.check_finite and not math.isfinite(value):
             return EarlyStoppingReason.NON_FINITE_METRIC, f"{name} is not finite. The best was {best:.6g}."
-        improved = better(value - self.min_delta, best)
-        if improved:
-            self.best_score, self.wait_count = score, 0
-        else:
-            self.wait_count += 1
         if self.stopping_threshold is not None and better(value, self.stopping_threshold):
             return EarlyStoppingReason.STOPPING_THRESHOLD, f"{name} is better than {self.stopping_threshold:g}."
         if self.divergence_threshold is not None and better(-value, -self.divergence_threshold):
             return EarlyStoppingReason.DIVERGENCE_THRESHOLD, f"{name} is worse than {self.divergence_threshold:g}."
-        if improved:
+        if better(value - self.min_delta, best):
+            self.best_score, self.wait_count = score, 0
             before = f", before {best:.6g}" if math.isfinite(best) else ""
             return EarlyStoppingReason.NOT_STOPPED, f"{name} is the best so far{before}."
+        self.wait_count += 1
         if self.wait_count >= self.patience:
             return (
                 EarlyStoppingReason.PATIENCE_EXHAUSTED,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainkit import Callback
 from trainkit.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from trainkit import Module, Trainer
 
 
@@ -20,7 +18,8 @@ class LearningRateMonitor(Callback):
 
     A rate is named after its optimizer, `lr-Adam`; a second optimizer of that class is `lr-Adam-1`; several groups are
     `lr-Adam/pg1`, `lr-Adam/pg2`, or `lr-Adam/encoder` where a group has a "name". A scheduler configuration's "name"
-    stands in for `lr-Adam`. Momentum and weight decay add `-momentum` and `-weight_decay`.
+    stands in for `lr-Adam`. Momentum and weight decay add `-momentum` and `-weight_decay`. A group that is added while
+    training goes on is logged from then on; the one that was alone becomes `lr-Adam/pg1`.
 
     The values are also in `trainer.callback_metrics`. `lrs` keeps every logged rate; `last_momentum_values` and
     `last_weight_decay_values` the latest of theirs.
@@ -28,7 +27,7 @@ class LearningRateMonitor(Callback):
     Args:
         logging_interval: "step" logs at every `log_every_n_steps`-th step, "epoch" when an epoch begins. None takes
             each scheduler's own interval; an optimizer without a scheduler is then logged at both.
-        log_momentum: log "momentum", or the first of "betas".
+        log_momentum: log "momentum", or the first of "betas"; 0 where there is neither.
         log_weight_decay: log "weight_decay".
 
     Raises:
@@ -48,9 +47,8 @@ class LearningRateMonitor(Callback):
         self.log_momentum = log_momentum
         self.log_weight_decay = log_weight_decay
         self.lrs: dict[str, list[float]] = {}
-        self.last_momentum_values: dict[str, float] = {}
-        self.last_weight_decay_values: dict[str, float] = {}
-        self._groups: list[tuple[str, str | None, Callable[[], dict[str, Any]]]] = []
+        self.last_momentum_values: dict[str, float | None] = {}
+        self.last_weight_decay_values: dict[str, float | None] = {}
         self._logged_step = -1
 
     def on_train_start(self, trainer: Trainer, module: Module) -> None:
@@ -59,9 +57,9 @@ class LearningRateMonitor(Callback):
                 "LearningRateMonitor needs a logger, and this Trainer has none. "
                 "Leave out logger=False or take LearningRateMonitor out of the callbacks."
             )
-        self._groups = list(_groups(trainer))
-        self.lrs = {name: [] for name, _, _ in self._groups}
-        self.last_momentum_values, self.last_weight_decay_values = {}, {}
+        self.lrs = {name: [] for name, _, _ in _groups(trainer)}
+        self.last_momentum_values = dict.fromkeys(f"{name}-momentum" for name in self.lrs)
+        self.last_weight_decay_values = dict.fromkeys(f"{name}-weight_decay" for name in self.lrs)
         self._logged_step = -1
 
     def on_train_batch_start(self, trainer: Trainer, module: Module, batch: Any, batch_idx: int) -> None:
@@ -77,13 +75,14 @@ class LearningRateMonitor(Callback):
 
     def _log(self, trainer: Trainer, interval: str) -> None:
         values: dict[str, float] = {}
-        for name, own_interval, group_of in self._groups:
+        for name, own_interval, group in _groups(trainer):  # found anew: a callback may have added some
+            self._follow(name)
             if self.logging_interval is None and own_interval not in (None, interval):
                 continue
-            group = group_of()
             values[name] = float(group["lr"])
             self.lrs[name].append(values[name])
-            if self.log_momentum and (momentum := _momentum(group)) is not None:
+            if self.log_momentum:
+                momentum = float(group["betas"][0] if "betas" in group else group.get("momentum", 0.0))
                 values[f"{name}-momentum"] = self.last_momentum_values[f"{name}-momentum"] = momentum
             if self.log_weight_decay and "weight_decay" in group:
                 decay = float(group["weight_decay"])
@@ -94,12 +93,16 @@ class LearningRateMonitor(Callback):
                 # the update these rates are about to make: the step its loss will be logged at
                 logger.log_metrics(values, trainer.global_step)
 
+    def _follow(self, name: str) -> None:
+        """Keep the rates of a group that was alone until now, and so had no number."""
+        alone = name.removesuffix("/pg1")
+        if alone != name and alone in self.lrs:
+            self.lrs[name] = self.lrs.pop(alone)
+        self.lrs.setdefault(name, [])
 
-def _groups(trainer: Trainer) -> Iterator[tuple[str, str | None, Callable[[], dict[str, Any]]]]:
-    """Yield each parameter group's name, its scheduler's interval, and how to get at it.
 
-    A group is looked up when it is read: loading an optimizer's state replaces the dict.
-    """
+def _groups(trainer: Trainer) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """Yield each parameter group with its name and its scheduler's interval."""
     scheduled = [(config.scheduler.optimizer, config.name, config.interval) for config in trainer.lr_scheduler_configs]
     with_scheduler = {id(optimizer) for optimizer, _, _ in scheduled}
     alone = [(optimizer, None, None) for optimizer in trainer.optimizers if id(optimizer) not in with_scheduler]
@@ -110,23 +113,14 @@ def _groups(trainer: Trainer) -> Iterator[tuple[str, str | None, Callable[[], di
             kind = type(optimizer)
             name = f"lr-{kind.__name__}" + (f"-{seen[kind]}" if seen[kind] else "")
             seen[kind] += 1
-        names = [group.get("name") for group in optimizer.param_groups]
-        twice = [str(given) for given, count in Counter(names).items() if given is not None and count > 1]
+        groups = optimizer.param_groups
+        names = [str(group.get("name") or f"pg{number}") for number, group in enumerate(groups, 1)]
+        twice = [given for given, count in Counter(names).items() if count > 1]
         if twice:
             raise MisconfigurationException(
                 f"LearningRateMonitor can't tell the parameter groups of {type(optimizer).__name__} apart: "
                 f"several have the name {', '.join(map(repr, twice))}."
             )
-        for index, group_name in enumerate(names):
-            suffix = f"/pg{index + 1}" if len(names) > 1 else ""
-            yield name + (f"/{group_name}" if group_name else suffix), interval, _reader(optimizer, index)
-
-
-def _reader(optimizer: Optimizer, index: int) -> Callable[[], dict[str, Any]]:
-    return lambda: optimizer.param_groups[index]
-
-
-def _momentum(group: dict[str, Any]) -> float | None:
-    if "betas" in group:
-        return float(group["betas"][0])
-    return float(group["momentum"]) if "momentum" in group else None
+        for group, group_name in zip(groups, names, strict=True):
+            numbered = len(groups) > 1 or group.get("name")
+            yield f"{name}/{group_name}" if numbered else name, interval, group

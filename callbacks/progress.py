@@ -1,4 +1,4 @@
-"""Progress bars: what a person sees of a run while it goes on.
+"""RichProgressBar: what a person sees of a run while it goes on.
 
 A step costs one look at the clock. Metrics are read, and anything is drawn, only when a frame is due: at most five
 times a second on a terminal, every 30 seconds elsewhere.
@@ -6,93 +6,20 @@ times a second on a terminal, every 30 seconds elsewhere.
 
 from __future__ import annotations
 
-import builtins
 import math
 import sys
 from collections.abc import Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from trainkit import Callback
 from trainkit.callbacks.console import Lines, RichProgressBarTheme, Terminal, shows_live_line
+from trainkit.callbacks.progress_bar import ProgressBar as ProgressBar
+from trainkit.callbacks.progress_bar import get_standard_metrics
 from trainkit.callbacks.run_facts import Facts, Frame, Pace, Rows, ending, facts, limit, time_left
 from trainkit.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from trainkit import Module, Trainer
-
-
-class ProgressBar(Callback):
-    """Base of progress bars: knows the run's sizes and metrics, and draws nothing.
-
-    Override the hooks that should draw, and `print`, so that messages do not cut through what is drawn.
-    """
-
-    def __init__(self) -> None:
-        self._trainer: Trainer | None = None
-        self._enabled = True
-
-    @property
-    def trainer(self) -> Trainer:
-        """The Trainer whose run is shown."""
-        if self._trainer is None:
-            raise RuntimeError(f"{type(self).__name__} has no trainer yet: it gets one when a run begins.")
-        return self._trainer
-
-    @property
-    def is_enabled(self) -> bool:
-        """Whether anything is shown."""
-        return self._enabled
-
-    @property
-    def is_disabled(self) -> bool:
-        """Whether nothing is shown."""
-        return not self.is_enabled
-
-    def enable(self) -> None:
-        """Show the run (again)."""
-        self._enabled = True
-
-    def disable(self) -> None:
-        """Show nothing until `enable`."""
-        self._enabled = False
-
-    @property
-    def total_train_batches(self) -> int | float:
-        """Batches of a training epoch; infinite when the loader has no length."""
-        return self.trainer.num_training_batches
-
-    @property
-    def total_val_batches(self) -> int | float:
-        """Batches of a validation, over all loaders."""
-        trainer = self.trainer
-        return sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
-
-    @property
-    def total_test_batches(self) -> int | float:
-        """Batches of a test, over all loaders."""
-        return sum(self.trainer.num_test_batches)
-
-    @property
-    def total_predict_batches(self) -> int | float:
-        """Batches to predict, over all loaders."""
-        return sum(self.trainer.num_predict_batches)
-
-    def get_metrics(self, trainer: Trainer, module: Module) -> dict[str, Any]:
-        """Return the metrics to show, by name: those logged with prog_bar=True. Override to show others."""
-        return dict(trainer.progress_bar_metrics)
-
-    def print(self, *values: Any, sep: str = " ", end: str = "\n") -> None:
-        """Print without cutting through what is drawn."""
-        builtins.print(*values, sep=sep, end=end)
-
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
-        self._trainer = trainer
-        if not trainer.is_global_zero:
-            self.disable()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_trainer": None}
 
 
 class RichProgressBar(ProgressBar):
@@ -106,29 +33,28 @@ class RichProgressBar(ProgressBar):
     there is room. "Best" is by the metric that ModelCheckpoint, or else EarlyStopping, monitors.
 
     Args:
-        refresh_rate: draw at multiples of this number of batches only, and never more than five times a second;
-            0 shows nothing.
+        refresh_rate: draw at most so many times a second, and never more than five times; 0 shows nothing.
         leave: keep each epoch's last live line.
         theme: styles of the terminal.
         console_kwargs: arguments of the `rich.console.Console` that is drawn on.
 
     Raises:
-        MisconfigurationException: `refresh_rate` is not a whole number of at least 0.
+        MisconfigurationException: `refresh_rate` is not a number of at least 0.
     """
 
     monitors = True  # an epoch's row comes after everything that logs at its end
 
     def __init__(
         self,
-        refresh_rate: int = 1,
+        refresh_rate: float = 100,
         leave: bool = False,
         theme: RichProgressBarTheme | None = None,
         console_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(refresh_rate, bool) or not isinstance(refresh_rate, int) or refresh_rate < 0:
+        if isinstance(refresh_rate, bool) or not isinstance(refresh_rate, int | float) or not refresh_rate >= 0:
             raise MisconfigurationException(
-                "RichProgressBar(refresh_rate=...) must be a number of batches, or 0 to show nothing. "
+                "RichProgressBar(refresh_rate=...) must be how often to draw in a second, or 0 to show nothing. "
                 f"Received: {refresh_rate!r}."
             )
         self.refresh_rate = refresh_rate
@@ -157,11 +83,11 @@ class RichProgressBar(ProgressBar):
         if self._run is not None:
             self._run.display.close()
 
-    def print(self, *values: Any, sep: str = " ", end: str = "\n") -> None:
-        """Print above the live line."""
+    def print(self, *values: Any, sep: str = " ", end: str = "\n", **kwargs: Any) -> None:
+        """Print above the live line; to a file of its own, or flushed, as the builtin does."""
         run = self._run
-        if run is None:
-            super().print(*values, sep=sep, end=end)
+        if run is None or kwargs:
+            super().print(*values, sep=sep, end=end, **kwargs)
         elif run.waiting is not None:
             run.waiting.append((values, sep, end))
         else:
@@ -172,13 +98,13 @@ class RichProgressBar(ProgressBar):
 
     # ---- every step
     def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if monotonic() >= self._due and (batch_idx + 1) % self.refresh_rate == 0:
+        if monotonic() >= self._due:
             self._draw_fit(trainer, self._read_metrics(trainer, module, outputs))
 
     def on_validation_batch_end(
         self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if monotonic() >= self._due and (batch_idx + 1) % self.refresh_rate == 0:
+        if monotonic() >= self._due:
             self._draw_evaluation(trainer, batch_idx + 1, dataloader_idx)
 
     on_test_batch_end = on_validation_batch_end
@@ -195,16 +121,13 @@ class RichProgressBar(ProgressBar):
             run.waiting = [] if stage == "fit" else None
             self._due = run.began + run.display.first_frame
 
-    def on_sanity_check_start(self, trainer: Trainer, module: Module) -> None:
-        self._show_header(trainer, module)
-
     def on_train_start(self, trainer: Trainer, module: Module) -> None:
         self._show_header(trainer, module)
         if self._run is not None:
             self._run.pace, self._run.rows = Pace(trainer.progress.total_batch), Rows(trainer)
 
     def _show_header(self, trainer: Trainer, module: Module) -> None:
-        """Show the header as soon as the data is there, and then what was printed before."""
+        """Show the header now that the training data is there, and then what was printed before."""
         run = self._run
         if run is not None and run.waiting is not None:
             found = facts(trainer, module)
@@ -252,7 +175,7 @@ class RichProgressBar(ProgressBar):
             run.pause(trainer)
             if self.leave and self._due < math.inf:
                 self._draw_fit(trainer, run.metrics)
-            row = run.rows.row(trainer, run.rows.training_first(self.get_metrics(trainer, module)), run.elapsed)
+            row = run.rows.row(trainer, run.rows.training_first(self._shown(trainer, module)), run.elapsed)
             if self.is_enabled:
                 run.display.row(row)
                 if isinstance(run.display, Lines):  # the row was a sign of life
@@ -280,12 +203,18 @@ class RichProgressBar(ProgressBar):
             run.rows = None
 
     # ---- frames
+    def _shown(self, trainer: Trainer, module: Module) -> dict[str, Any]:
+        """Return the metrics without the version, which the header has."""
+        known = get_standard_metrics(trainer)
+        metrics = self.get_metrics(trainer, module)
+        return {name: value for name, value in metrics.items() if known.get(name) != value}
+
     def _read_metrics(self, trainer: Trainer, module: Module, outputs: Any) -> dict[str, Any]:
         """Return the metrics of a frame, the loss among them. This waits for the device."""
         run = self._run
         if run is None or run.rows is None:
             return {}
-        metrics = run.rows.training_first(self.get_metrics(trainer, module))
+        metrics = run.rows.training_first(self._shown(trainer, module))
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if loss is not None and not any("loss" in name.lower() for name in metrics.keys() - run.rows.evaluated):
             scale = trainer.accumulate_grad_batches if module.automatic_optimization else 1
@@ -335,7 +264,7 @@ class RichProgressBar(ProgressBar):
                 metrics=run.metrics,
             )
         )
-        self._due = monotonic() + run.display.between_frames
+        self._due = monotonic() + max(run.display.between_frames, 1 / self.refresh_rate)
 
 
 class _Run:

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainkit.callbacks.summary import summarize
 from trainkit.callbacks.timer import Timer
 from trainkit.checkpoint.store import step_of
 from trainkit.errors import CheckpointError
 from trainkit.metrics import numbers
+from trainkit.summary import count
 
 if TYPE_CHECKING:
     from trainkit import Module, Trainer
@@ -52,10 +52,10 @@ def facts(trainer: Trainer, module: Module) -> Facts:
     return Facts(
         run_directory=short_path(trainer.log_dir or trainer.default_root_dir),
         model=type(module).__name__,
-        parameters=summarize(module, max_depth=0).total_parameters,
+        parameters=count(module),
         data=data,
         device=device,
-        precision=trainer.precision_name,
+        precision=trainer.precision,
         seed=os.environ.get("PL_GLOBAL_SEED"),  # where seed_everything leaves it
         resumed_from=short_path(trainer.resume_path) if trainer.resume_path else None,
     )
@@ -305,9 +305,7 @@ def ending(trainer: Trainer, best: Best | None, elapsed: float, exception: BaseE
         if newest:
             word = "checkpoint saved" if _step_of(newest) == trainer.global_step else "newest checkpoint"
             saved = f", {word}: {short_path(newest)}"
-        what = f"failed with {type(exception).__name__}"
-        if trainer.interrupted or isinstance(exception, KeyboardInterrupt):
-            what = "interrupted"
+        what = f"failed with {type(exception).__name__}" if isinstance(exception, Exception) else "interrupted"
         sentence = f"{what} after step {trainer.global_step}{saved}"
     return Ending(
         epochs=f"{finished} of {planned}" if planned and planned != finished else str(finished),

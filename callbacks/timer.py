@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from trainkit import Callback
 from trainkit.duration import parse_duration
 from trainkit.errors import MisconfigurationException
+from trainkit.stages import RunningStage
 
 if TYPE_CHECKING:
     from trainkit import Module, Trainer
 
-_STAGES = ("train", "validate", "test")
+_STAGES = tuple(stage.value for stage in RunningStage)
 
 
 class Timer(Callback):
@@ -135,5 +136,5 @@ class Timer(Callback):
 
 def _known(stage: str) -> str:
     if stage not in _STAGES:
-        raise ValueError(f'a Timer knows the stages "train", "validate" and "test". Received: {stage!r}.')
+        raise ValueError(f"a Timer knows the stages {', '.join(_STAGES)}. Received: {stage!r}.")
     return stage

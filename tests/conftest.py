@@ -62,9 +62,8 @@ def copy_checkout() -> Callable[[Path], Path]:
     """Copy what a clone would hold, links as links, to a folder that does not exist yet, and return the folder."""
 
     def ignored(folder: str, names: list[str]) -> set[str]:
-        waste = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "lightning_logs")(
-            folder, names
-        )
+        patterns = (".git", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "lightning_logs")
+        waste = shutil.ignore_patterns(*patterns)(folder, names)
         if Path(folder) == CHECKOUT:
             waste |= {"build", "dist", "runs"} & set(names)
         return waste | {name for name in names if os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))}

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from trainkit import Trainer
+from trainkit.checkpoint.io import CheckpointIO
 from trainkit.errors import MisconfigurationException
-from trainkit.precision import Precision
+from trainkit.precision import MixedPrecision, Precision
 
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -56,8 +57,16 @@ WRONG: dict[str, list[Any]] = {
     "enable_checkpointing": NO_FLAG,
     "enable_progress_bar": NO_FLAG,
     "enable_model_summary": NO_FLAG,
+    "num_nodes": [*NO_NUMBER, 0, -1, None, 2],
+    "profiler": ["fast", 1, Odd()],
+    "barebones": NO_FLAG,
+    "plugins": ["fp8", 1, Odd(), [Odd()]],
+    "sync_batchnorm": NO_FLAG,
+    "use_distributed_sampler": NO_FLAG,
+    "enable_autolog_hparams": NO_FLAG,
+    "model_registry": ["mine", 1],
     "accumulate_grad_batches": [*NO_NUMBER, 0, -1, None],
-    "gradient_clip_val": ["1", True, NAN, -1, -0.5, -INFINITE, [1], Odd(), 1j],
+    "gradient_clip_val": ["1", True, NAN, [1], Odd(), 1j],
     "gradient_clip_algorithm": ["max", "", "NORM", 2, True, ["norm"]],
     "deterministic": ["error", *NO_FLAG[1:]],
     "benchmark": NO_FLAG,
@@ -99,6 +108,14 @@ RIGHT: dict[str, list[Any]] = {
     "check_val_every_n_epoch": [1, 5],
     "num_sanity_val_steps": [None, -1, 0, 5],
     "log_every_n_steps": [None, 0, 1, 1000],
+    "num_nodes": [1],
+    "profiler": [None],
+    "barebones": [False],
+    "plugins": [None, [], CheckpointIO()],
+    "sync_batchnorm": [True, False],
+    "use_distributed_sampler": [True, False],
+    "enable_autolog_hparams": [True, False],
+    "model_registry": [None],
     "accumulate_grad_batches": [1, 8],
     "gradient_clip_val": [None, 0, 0.0, 1, 0.5, INFINITE],
     "gradient_clip_algorithm": [None, "norm", "value"],
@@ -127,21 +144,63 @@ def test_a_floating_point_number_of_numpy_is_a_fraction() -> None:
 def test_counting_batches_across_epochs_needs_a_number_of_them() -> None:
     Trainer(**QUIET, check_val_every_n_epoch=None, val_check_interval=100)  # type: ignore[arg-type]
     Trainer(**QUIET, check_val_every_n_epoch=None, val_check_interval="00:00:10:00")  # type: ignore[arg-type]
-    for interval in (None, 0.5, 1.0):
+    Trainer(**QUIET, check_val_every_n_epoch=None)  # type: ignore[arg-type]
+    for interval in (0.5, 1.0):
         with pytest.raises(
             MisconfigurationException, match="check_val_every_n_epoch=None counts batches across epochs"
         ):
             Trainer(**QUIET, check_val_every_n_epoch=None, val_check_interval=interval)  # type: ignore[arg-type]
 
 
-def test_a_clip_value_of_nothing_is_no_clipping() -> None:
-    assert Trainer(**QUIET, gradient_clip_val=0).gradient_clip_val is None  # type: ignore[arg-type]
-    assert Trainer(**QUIET, gradient_clip_val=2).gradient_clip_val == 2.0  # type: ignore[arg-type]
+def test_the_clip_value_is_kept_as_it_was_given() -> None:
+    for given in (None, 0, -1, 2, 0.5):
+        assert Trainer(**QUIET, gradient_clip_val=given).gradient_clip_val == given  # type: ignore[arg-type]
+
+
+def test_arguments_come_from_the_environment_unless_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_TRAINER_MAX_EPOCHS", "3")
+    monkeypatch.setenv("PL_TRAINER_GRADIENT_CLIP_ALGORITHM", "value")
+    monkeypatch.setenv("PL_TRAINER_NOTHING_OF_THE_KIND", "1")
+    trainer = Trainer(**QUIET)  # type: ignore[arg-type]
+    assert (trainer.max_epochs, trainer.gradient_clip_algorithm) == (3, "value")
+    assert Trainer(**QUIET, max_epochs=5).max_epochs == 5  # type: ignore[arg-type]
+    monkeypatch.setenv("PL_TRAINER_MAX_EPOCHS", "many")
+    with pytest.raises(MisconfigurationException, match=r"max_epochs must be a whole number\. Received: 'many'"):
+        Trainer(**QUIET)  # type: ignore[arg-type]
+
+
+def test_barebones_turns_off_what_costs_time_and_refuses_it_beside_itself() -> None:
+    trainer = Trainer(accelerator="cpu", barebones=True)
+    assert (trainer.loggers, trainer.callbacks) == ([], [])
+    assert (trainer.num_sanity_val_steps, trainer.log_every_n_steps) == (0, 0)
+    for argument, value in {
+        "logger": True,
+        "fast_dev_run": 1,
+        "enable_progress_bar": True,
+        "profiler": "simple",
+    }.items():
+        with pytest.raises(MisconfigurationException, match=f"{argument}=.* beside barebones=True"):
+            Trainer(accelerator="cpu", barebones=True, **{argument: value})  # type: ignore[arg-type]
+
+
+def test_plugins_bring_a_precision_and_a_place_for_checkpoints() -> None:
+    class Elsewhere(CheckpointIO):
+        pass
+
+    precision, place = MixedPrecision("bf16-mixed"), Elsewhere()
+    trainer = Trainer(**QUIET, plugins=[precision, place])  # type: ignore[arg-type]
+    assert trainer.precision_plugin is precision
+    assert trainer.precision == "bf16-mixed"
+    assert trainer.checkpoint_io is place
+    with pytest.raises(MisconfigurationException, match="both say the precision"):
+        Trainer(**QUIET, precision="64-true", plugins=precision)  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match="plugins has two of a kind"):
+        Trainer(**QUIET, plugins=[place, Elsewhere()])  # type: ignore[arg-type]
 
 
 def test_limits_that_are_left_out_are_lightnings() -> None:
     trainer = Trainer(**QUIET)  # type: ignore[arg-type]
-    assert (trainer.max_epochs, trainer.max_steps, trainer.min_epochs, trainer.min_steps) == (1000, -1, None, None)
+    assert (trainer.max_epochs, trainer.max_steps, trainer.min_epochs, trainer.min_steps) == (None, -1, None, None)
     assert (trainer.limit_train_batches, trainer.overfit_batches, trainer.val_check_interval) == (1.0, 0.0, 1.0)
     assert (trainer.num_sanity_val_steps, trainer.log_every_n_steps, trainer.check_val_every_n_epoch) == (2, 50, 1)
     assert Trainer(**QUIET, overfit_batches=None).overfit_batches == 0.0  # type: ignore[arg-type]

@@ -360,7 +360,8 @@ def test_contents_that_were_kept_go_back_to_the_argument_they_came_from(tmp_path
             self.save_hyperparameters(settings)
             self.line = nn.Linear(self.hparams.inputs, width)
 
-        def predict_step(self, batch: Any, batch_idx: int) -> Any: ...
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return batch
 
     module = Takes({"inputs": 3})
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
@@ -379,7 +380,8 @@ def test_a_module_that_takes_anything_is_made_again_with_all_of_it(tmp_path: Pat
             super().__init__()
             self.save_hyperparameters()
 
-        def predict_step(self, batch: Any, batch_idx: int) -> Any: ...
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return batch
 
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.predict(Anything(3, extra=1), [[torch.ones(1)]])

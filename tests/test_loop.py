@@ -263,7 +263,7 @@ def test_fit_fires_its_hooks_in_the_written_order() -> None:
 def test_the_evaluations_fire_their_hooks_in_the_written_order(call: str, stage: str, event: str) -> None:
     trace: list[str] = []
     step = f"{event}_step"
-    module = tracing(type("Noting", (Net,), {step: lambda self, batch: trace.append("step")}), trace, "pl")()
+    module = tracing(type("Noting", (Net,), {step: lambda self, batch: trace.append("step") or 0}), trace, "pl")()
     trainer = bare_trainer(callbacks=[tracing(Callback, trace, "cb")()])
     extra = {} if call == "predict" else {"verbose": False}
     getattr(trainer, call)(module, InMemory(*batches(1)), **extra)
@@ -546,12 +546,6 @@ def test_a_module_without_training_step_is_refused() -> None:
         bare_trainer().fit(Nothing(), InMemory(*batches(1)))
 
 
-def test_a_method_that_would_silently_not_be_called_is_refused() -> None:
-    module = type("Warms", (Net,), {"optimizer_step": lambda self, *arguments: None})()
-    with pytest.raises(MisconfigurationException, match="Warms has optimizer_step, which this version"):
-        bare_trainer().fit(module, InMemory(*batches(1)))
-
-
 def test_detect_anomaly_names_the_operation_that_made_a_nan() -> None:
     class Breaks(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -592,12 +586,6 @@ def test_a_loss_that_teaches_nothing_is_refused_before_the_first_step(returned: 
     with pytest.raises(MisconfigurationException, match=message):
         trainer.fit(Wrong(), InMemory(*batches(2)))
     assert trainer.global_step == 0
-
-
-def test_an_optimizer_that_needs_a_closure_is_refused_with_the_way_to_use_it() -> None:
-    module = type("Old", (Net,), {"configure_optimizers": lambda self: torch.optim.LBFGS(self.parameters())})()
-    with pytest.raises(MisconfigurationException, match="LBFGS runs the forward and backward pass by itself"):
-        bare_trainer().fit(module, InMemory(*batches(1)))
 
 
 def test_a_schedule_may_span_the_whole_run() -> None:

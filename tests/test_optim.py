@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader
 
 from trainkit import Callback, Module, Trainer
 from trainkit.errors import MisconfigurationException
-from trainkit.optim import LRSchedulerConfig, ManualOptimizer, configure
+from trainkit.optim import LRSchedulerConfig, configure
+from trainkit.update import StepOptimizer
 
 BATCHES = 5
 EPOCHS = 4
@@ -528,7 +529,7 @@ def test_the_optimizer_handed_out_is_the_optimizer_in_all_but_step() -> None:
     trainer = trainer_of(max_epochs=1)
     trainer.fit(module, loader())
     handed, plain = module.optimizers()[0], module.optimizers(use_pl_optimizer=False)[0]
-    assert isinstance(handed, ManualOptimizer)
+    assert isinstance(handed, StepOptimizer)
     assert plain is trainer.optimizers[0] is handed.optimizer
     assert handed.param_groups is plain.param_groups
     assert handed.state_dict().keys() == plain.state_dict().keys()

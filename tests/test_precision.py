@@ -78,8 +78,8 @@ def trainer_of(precision: Any, **settings: Any) -> Trainer:
 # ---------------------------------------------------------------- names
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_a_name_gives_the_precision_of_that_name(name: str) -> None:
-    assert precision_of(name).name == name
-    assert Trainer(precision=name, accelerator="cpu", logger=False).precision_name == name  # type: ignore[arg-type]
+    assert precision_of(name).precision == name
+    assert Trainer(precision=name, accelerator="cpu", logger=False).precision == name  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_a_name_gives_the_precision_of_that_name(name: str) -> None:
     ],
 )  # fmt: skip
 def test_lightnings_short_names_mean_what_they_mean_there(alias: Any, name: str) -> None:
-    assert precision_of(alias).name == name
+    assert precision_of(alias).precision == name
 
 
 def test_an_object_is_taken_as_it_is() -> None:
-    mine = MixedPrecision(torch.float16, torch.amp.GradScaler("cpu", init_scale=8.0))
+    mine = MixedPrecision("16-mixed", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
     assert precision_of(mine) is mine
-    assert Trainer(precision=mine, accelerator="cpu", logger=False).precision is mine
+    assert Trainer(precision=mine, accelerator="cpu", logger=False).precision_plugin is mine
 
 
 @pytest.mark.parametrize("wrong", ["16mixed", "fp16", "", 8, 32.0, True, float("nan"), ["32"], torch.float32])
@@ -189,7 +189,7 @@ def test_training_is_that_of_a_plain_loop_bit_for_bit(name: str) -> None:
 
 def test_a_precision_of_ones_own_overrides_what_differs() -> None:
     class Loud(Precision):
-        name = "loud"
+        precision = "loud"
 
         def wrap(self, step: Callable[..., Any]) -> Callable[..., Any]:
             def run(*arguments: Any) -> Any:
@@ -206,13 +206,13 @@ def test_a_precision_of_ones_own_overrides_what_differs() -> None:
     trainer = trainer_of(Loud())
     trainer.fit(Net(), loader(2))
     assert calls == ["step", "backward"] * 2
-    assert trainer.precision_name == "loud"
+    assert trainer.precision == "loud"
 
 
 # ---------------------------------------------------------------- the scaler
 def half() -> MixedPrecision:
     """Return 16-mixed with a scale at which nothing overflows by itself."""
-    return MixedPrecision(torch.float16, torch.amp.GradScaler("cpu", init_scale=1024.0))
+    return MixedPrecision("16-mixed", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
 
 
 class Overflows(Net):
@@ -238,7 +238,7 @@ class Notes(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         self.rows.append(
             (
-                trainer.precision.scaler.get_scale(),  # type: ignore[attr-defined]
+                trainer.precision_plugin.scaler.get_scale(),  # type: ignore[attr-defined]
                 trainer.optimizers[0].param_groups[0]["lr"],
                 module.net[0].weight.sum().item(),
                 trainer.global_step,
@@ -261,7 +261,7 @@ def test_an_overflow_holds_the_weights_and_the_schedule_back_and_halves_the_scal
 
 def test_the_scale_grows_after_steps_that_went_well() -> None:
     notes = Notes()
-    precision = MixedPrecision(torch.float16, torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2))
+    precision = MixedPrecision("16-mixed", scaler=torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2))
     trainer_of(precision, callbacks=notes).fit(Net(), loader(5))
     assert [row[0] for row in notes.rows] == [4.0, 8.0, 8.0, 16.0, 16.0]
 
@@ -339,7 +339,10 @@ def test_the_scaler_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     trainer.save_checkpoint(file)
     resumed = trainer_of(half(), max_steps=8, max_epochs=-1)
     resumed.fit(second, loader(8), ckpt_path=file)
-    assert resumed.precision.state_dict() == {**resumed.precision.state_dict(), "scale": notes.rows[-1][0]}
+    assert resumed.precision_plugin.state_dict() == {
+        **resumed.precision_plugin.state_dict(),
+        "scale": notes.rows[-1][0],
+    }
     assert all(torch.equal(whole.state_dict()[key], value) for key, value in second.state_dict().items())
 
 
@@ -348,9 +351,9 @@ def test_the_state_of_a_precision_comes_back(name: str) -> None:
     first, second = trainer_of(name), trainer_of(name)
     first.fit(Overflows({0}), loader(2))
     second.fit(Net(), loader(1))
-    second.precision.load_state_dict(copy.deepcopy(first.precision.state_dict()))
-    assert second.precision.state_dict() == first.precision.state_dict()
-    assert bool(first.precision.state_dict()) is (name == "16-mixed")
+    second.precision_plugin.load_state_dict(copy.deepcopy(first.precision_plugin.state_dict()))
+    assert second.precision_plugin.state_dict() == first.precision_plugin.state_dict()
+    assert bool(first.precision_plugin.state_dict()) is (name == "16-mixed")
 
 
 def test_a_second_fit_of_one_trainer_listens_to_the_new_optimizer_only() -> None:

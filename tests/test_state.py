@@ -193,7 +193,7 @@ def test_the_file_has_lightnings_keys_and_torch_reads_it(tmp_path: Path) -> None
     trainer, module = fit(Record())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     read = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    assert (read["epoch"], read["global_step"]) == (2, 21)
+    assert (read["epoch"], read["global_step"]) == (3, 21)  # how many there were, as in Lightning
     assert read["hyper_parameters"] == {"width": 8}
     assert {"state_dict", "optimizer_states", "lr_schedulers", "callbacks", "hyper_parameters"} <= set(read)
     assert torch.equal(read["state_dict"]["net.0.weight"], module.net[0].weight)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -23,6 +25,10 @@ from trainkit.loggers import CSVLogger, TensorBoardLogger
 
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 BARE = {**QUIET, "logger": False, "enable_checkpointing": False}
+
+
+def rows() -> torch.utils.data.TensorDataset:
+    return torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randn(8, 1))
 
 
 # ---------------------------------------------------------------- the whole of it
@@ -72,7 +78,7 @@ def test_hooks_of_the_data_module_come_in_order(TinyModule: Any, TinyData: Any) 
             trace.append(f"teardown {stage}")
 
     Trainer(**BARE, max_epochs=2).fit(TinyModule(), datamodule=Data())
-    assert trace == ["prepare_data", "setup fit", "train_dataloader", "val_dataloader", "teardown fit"]
+    assert trace == ["prepare_data", "setup fit", "val_dataloader", "train_dataloader", "teardown fit"]
 
 
 def test_loaders_are_asked_for_again_every_n_epochs(TinyModule: Any, TinyData: Any) -> None:
@@ -260,7 +266,6 @@ def test_the_default_components() -> None:
     assert names == ["RichProgressBar", "ModelSummary", "ModelCheckpoint"]
     assert isinstance(trainer.logger, TensorBoardLogger)
     assert Trainer(**BARE, max_epochs=1).callbacks == []
-    assert Trainer(**BARE).max_epochs == 1000
     assert Trainer(**BARE, max_steps=5).max_epochs == -1
 
 
@@ -382,9 +387,105 @@ def test_evaluation_without_a_module_takes_the_best_one(TinyModule: Any, TinyDat
     trainer = Trainer(**QUIET, max_epochs=3, log_every_n_steps=2, callbacks=checkpoint)
     module = Worsens()
     trainer.fit(module, datamodule=TinyData())
-    best = trainer.validate(datamodule=TinyData(), verbose=False)[0]["val_loss"]
+    assert trainer.ckpt_path is None
+    with pytest.warns(UserWarning, match="the best checkpoint of the last fit, is loaded"):
+        best = trainer.validate(datamodule=TinyData(), verbose=False)[0]["val_loss"]
     assert best == pytest.approx(float(checkpoint.best_model_score))
     assert best < 20
+    assert trainer.ckpt_path == checkpoint.best_model_path
+    trainer.validate(module, datamodule=TinyData(), verbose=False)
+    assert trainer.ckpt_path is None
+
+
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
+def test_without_a_module_there_must_be_a_best_one(method: str, TinyModule: Any, TinyData: Any) -> None:
+    trainer = Trainer(**BARE, fast_dev_run=True)
+    trainer.fit(TinyModule(), datamodule=TinyData())
+    for given in ({}, {"ckpt_path": "best"}, {"ckpt_path": "nowhere.ckpt"}):
+        for error in (CheckpointError, FileNotFoundError, ValueError):
+            with pytest.raises(error, match="checkpoint"):
+                getattr(trainer, method)(datamodule=TinyData(), **given)
+
+
+def test_a_trainer_can_be_copied_and_pickled_before_and_after_a_run(TinyModule: Any) -> None:
+    trainer = Trainer(**QUIET, max_epochs=1, callbacks=[EarlyStopping("loss")])
+    assert pickle.loads(pickle.dumps(trainer)).max_epochs == 1
+    trainer = Trainer(**QUIET, max_epochs=1, accumulate_grad_batches=2, log_every_n_steps=1)
+    trainer.fit(TinyModule(), torch.utils.data.DataLoader(rows(), 4))
+    copied = copy.deepcopy(trainer)
+    assert (copied.global_step, copied.current_epoch) == (trainer.global_step, 1)
+    assert copied.step_optimizers[0].optimizer is copied.optimizers[0]
+    assert copied.optimizers[0] is not trainer.optimizers[0]
+
+
+def test_the_epoch_that_a_limit_cuts_short_counts(TinyModule: Any, TinyData: Any) -> None:
+    trainer = Trainer(**BARE, max_steps=3)
+    trainer.fit(TinyModule(), datamodule=TinyData())
+    assert (trainer.current_epoch, trainer.global_step) == (1, 3)
+    trainer.fit_loop.epoch_loop.max_steps = 8  # and is gone on with
+    trainer.fit(TinyModule(), datamodule=TinyData())
+    assert (trainer.current_epoch, trainer.global_step) == (1, 8)
+
+
+def test_a_second_fit_goes_on_to_the_new_limit(TinyModule: Any, TinyData: Any) -> None:
+    trainer, module = Trainer(**BARE, max_epochs=1), TinyModule()
+    trainer.fit(module, datamodule=TinyData())
+    trainer.fit(module, datamodule=TinyData())
+    assert (trainer.current_epoch, trainer.global_step) == (1, 8)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, datamodule=TinyData())
+    assert (trainer.current_epoch, trainer.global_step) == (3, 24)
+
+
+def test_a_dataloader_idx_is_handed_on_when_there_are_several_loaders(TinyData: Any) -> None:
+    class Notes(Callback):
+        def on_test_batch_end(self, trainer: Trainer, module: Module, *given: Any) -> None:
+            ends.append(len(given))
+
+    class Net(Module):
+        def test_step(self, *given: Any) -> None:
+            steps.append(given[1:])
+
+    steps: list[Any] = []
+    ends: list[int] = []
+    loader = torch.utils.data.DataLoader(rows(), 4)
+    trainer = Trainer(**BARE, callbacks=Notes())
+    trainer.test(Net(), loader, verbose=False)
+    trainer.test(Net(), [loader, loader], verbose=False)
+    assert steps == [(0,), (1,), (0, 0), (1, 0), (0, 1), (1, 1)]
+    assert ends == [3, 3, 4, 4, 4, 4]
+
+
+def test_validation_that_can_not_happen_is_told_of(TinyModule: Any) -> None:
+    class Trains(TinyModule):  # type: ignore[misc, valid-type]
+        validation_step = Module.validation_step
+
+    loader = torch.utils.data.DataLoader(rows(), 4)
+    with pytest.warns(UserWarning, match="has a validation_step, but there is no val_dataloader"):
+        Trainer(**BARE, max_epochs=1).fit(TinyModule(), loader)
+    with pytest.warns(UserWarning, match="validation loaders but no validation_step"):
+        Trainer(**BARE, max_epochs=1).fit(Trains(), loader, loader)
+
+
+def test_two_callbacks_with_one_state_are_refused_at_once() -> None:
+    for error in (MisconfigurationException, RuntimeError):
+        with pytest.raises(error, match="two callbacks keep their state under"):
+            Trainer(**BARE, callbacks=[EarlyStopping("loss"), EarlyStopping("loss")])
+
+
+def test_predict_needs_a_step_or_a_forward() -> None:
+    with pytest.raises(MisconfigurationException, match="neither predict_step nor forward"):
+        Trainer(**BARE).predict(Module(), torch.utils.data.DataLoader(rows(), 4))
+
+
+def test_predictions_that_are_none_are_told_of(TinyModule: Any) -> None:
+    class Silent(TinyModule):  # type: ignore[misc, valid-type]
+        def predict_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    loader = torch.utils.data.DataLoader(rows(), 4)
+    with pytest.warns(UserWarning, match="predict_step returned None"):
+        assert Trainer(**BARE).predict(Silent(), loader) == [None, None]
+    assert Trainer(**BARE).predict(Silent(), loader, return_predictions=False) is None
 
 
 def test_load_from_checkpoint_makes_the_module_again(TinyModule: Any, TinyData: Any, tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from trainkit.duration import parse_duration
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, WrongTypeException, warn
 
 
 def count(name: str, value: Any, *, least: int, required: bool = False, what: str = "a whole number") -> Any:
@@ -17,32 +19,33 @@ def count(name: str, value: Any, *, least: int, required: bool = False, what: st
     if value is None and not required:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be {what}. Received: {value!r}.")
+        raise WrongTypeException(f"{name} must be {what}. Received: {value!r}.")
     if value < least:
         meaning = " (-1: no limit)" if least == -1 else ""
         raise MisconfigurationException(f"{name} must be at least {least}{meaning}. Received: {value!r}.")
     return value
 
 
-def trial(value: Any) -> int:
-    """Return fast_dev_run as a number of batches: 1 for True, 0 for False."""
-    number = int(value) if isinstance(value, bool) else value
-    batches: int = count("fast_dev_run", number, least=0, required=True, what="True, False or a number of batches")
+def trial(name: str, value: Any) -> int | bool:
+    """Return fast_dev_run as it was given: whether to, or a number of batches."""
+    if isinstance(value, bool):
+        return value
+    batches: int = count(name, value, least=0, required=True, what="True, False or a number of batches")
     return batches
 
 
 def folder(name: str, value: Any) -> str:
     """Return a folder's absolute path, the current one for None."""
     if value is not None and not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a path. Received: {value!r}.")
+        raise WrongTypeException(f"{name} must be a path. Received: {value!r}.")
     path: str = os.path.abspath(os.path.expanduser(os.fspath(value or ".")))
     return path
 
 
 def order(low: str, least: int | None, high: str, most: int | None) -> None:
-    """Refuse a minimum above its maximum."""
+    """Warn of a minimum above its maximum: the maximum wins."""
     if least is not None and most is not None and most != -1 and least > most:
-        raise MisconfigurationException(f"{low}={least} is more than {high}={most}, so it could never be reached.")
+        warn(f"{low}={least} is more than {high}={most}: the run ends at {high}.")
 
 
 def flag(name: str, value: Any, *also: Any) -> Any:
@@ -50,7 +53,7 @@ def flag(name: str, value: Any, *also: Any) -> Any:
     if value is None or isinstance(value, bool) or value in also:
         return value
     allowed = ", ".join(map(repr, (True, False, *also)))
-    raise TypeError(f"{name} must be one of {allowed}. Received: {value!r}.")
+    raise WrongTypeException(f"{name} must be one of {allowed}. Received: {value!r}.")
 
 
 def limit(name: str, value: float | None, default: float = 1.0) -> float:
@@ -58,7 +61,7 @@ def limit(name: str, value: float | None, default: float = 1.0) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number of batches or a fraction of them. Received: {value!r}.")
+        raise WrongTypeException(f"{name} must be a number of batches or a fraction of them. Received: {value!r}.")
     if isinstance(value, int) and value >= 0:
         return value
     if isinstance(value, float) and 0.0 <= value <= 1.0:
@@ -68,15 +71,15 @@ def limit(name: str, value: float | None, default: float = 1.0) -> float:
     )
 
 
-def clip_value(value: Any) -> float | None:
-    """Return gradient_clip_val; None and what is not positive mean no clipping."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"gradient_clip_val must be a number. Received: {value!r}.")
-    if math.isnan(value) or value < 0:
-        raise MisconfigurationException(f"gradient_clip_val must be a positive number. Received: {value!r}.")
-    return float(value) if value > 0 else None
+def clip_value(name: str, value: Any) -> float | None:
+    """Return gradient_clip_val as it was given: a number, or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise WrongTypeException(f"{name} must be a number. Received: {value!r}.")
+    if value is not None and math.isnan(value):
+        raise MisconfigurationException(
+            f"{name} must be a number above 0, or None or 0 to clip nothing. Received: nan."
+        )
+    return value
 
 
 def choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
@@ -95,9 +98,130 @@ def validation_interval(value: Any, every_n_epoch: int | None) -> float | timede
         raise MisconfigurationException(
             f"val_check_interval={value!r} is never; limit_val_batches=0 turns validation off."
         )
-    if isinstance(interval, float) and every_n_epoch is None:
+    if isinstance(value, float) and every_n_epoch is None:
         raise MisconfigurationException(
             "check_val_every_n_epoch=None counts batches across epochs, so val_check_interval must be a whole number "
             f"of batches or a time. Received: val_check_interval={value!r}."
         )
     return interval
+
+
+def duration(name: str, value: Any) -> timedelta | None:
+    """Return max_time as a timedelta."""
+    return None if value is None else parse_duration(value, argument=name)
+
+
+Check = Callable[[str, Any], Any]
+
+
+def _count(least: int, default: int | None = None, required: bool = False) -> Check:
+    def check(name: str, value: Any) -> Any:
+        return count(name, default if value is None else value, least=least, required=required)
+
+    return check
+
+
+def _nodes(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MisconfigurationException(f"{name} must be a whole number of at least 1. Received: {value!r}.")
+    return value
+
+
+SETTINGS: dict[str, Check] = {
+    "fast_dev_run": trial,
+    "max_epochs": _count(-1),
+    "max_steps": _count(-1, required=True),
+    "min_epochs": _count(0),
+    "min_steps": _count(0),
+    "max_time": duration,
+    "limit_train_batches": limit,
+    "limit_val_batches": limit,
+    "limit_test_batches": limit,
+    "limit_predict_batches": limit,
+    "overfit_batches": lambda name, value: limit(name, value, default=0.0),
+    "check_val_every_n_epoch": _count(1),
+    "num_sanity_val_steps": _count(-1, default=2),
+    "log_every_n_steps": _count(0, default=50),
+    "accumulate_grad_batches": _count(1, required=True),
+    "gradient_clip_val": clip_value,
+    "gradient_clip_algorithm": lambda name, value: choice(name, value, ("norm", "value")),
+    "reload_dataloaders_every_n_epochs": _count(0, required=True),
+    "num_nodes": _nodes,
+    "deterministic": lambda name, value: flag(name, value, "warn"),
+    "benchmark": flag,
+    "inference_mode": flag,
+    "detect_anomaly": flag,
+    "barebones": flag,
+    "sync_batchnorm": flag,
+    "use_distributed_sampler": flag,
+    "enable_autolog_hparams": flag,
+    "default_root_dir": folder,
+}
+"""The settings that are checked by themselves and become attributes of the Trainer."""
+
+
+def checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings among the Trainer's arguments, checked one by one and together."""
+    values = {name: check(name, given[name]) for name, check in SETTINGS.items()}
+    values["val_check_interval"] = validation_interval(given["val_check_interval"], values["check_val_every_n_epoch"])
+    order("min_epochs", values["min_epochs"], "max_epochs", values["max_epochs"])
+    order("min_steps", values["min_steps"], "max_steps", values["max_steps"])
+    if values["barebones"]:
+        _check_barebones(given)
+        values.update(log_every_n_steps=0, num_sanity_val_steps=0)
+    if values["num_sanity_val_steps"] == -1:
+        values["num_sanity_val_steps"] = math.inf
+    if batches := int(values["fast_dev_run"]):
+        limits = dict.fromkeys(("train", "val", "test", "predict"), batches)
+        values.update({f"limit_{kind}_batches": number for kind, number in limits.items()})
+        values.update(max_epochs=1, max_steps=batches, num_sanity_val_steps=0)
+        values.update(val_check_interval=1.0, check_val_every_n_epoch=1)
+    if values["max_epochs"] is None and (values["max_steps"] != -1 or values["max_time"] is not None):
+        values["max_epochs"] = -1
+    if values["min_epochs"] is None and values["min_steps"] is not None:
+        values["min_epochs"] = 1
+    return values
+
+
+NOT_BAREBONES = (
+    "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "num_sanity_val_steps",
+    "log_every_n_steps", "fast_dev_run", "detect_anomaly", "profiler",
+)  # fmt: skip
+"""What barebones turns off, and so can't be asked for beside it."""
+
+
+def _check_barebones(given: Mapping[str, Any]) -> None:
+    for name in NOT_BAREBONES:
+        if given[name]:
+            raise MisconfigurationException(
+                f"{name}={given[name]!r} beside barebones=True, which turns it off to run at the bare speed of the "
+                "loop. Leave one of the two out."
+            )
+
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def from_environment(init: F) -> F:
+    """Let every argument that is not given come from the environment: PL_TRAINER_MAX_EPOCHS=3 is max_epochs=3.
+
+    Values are Python literals where they can be read as such, else strings.
+    """
+
+    @functools.wraps(init)
+    def with_defaults(self: Any, *unnamed: Any, **given: Any) -> None:
+        if unnamed:
+            raise WrongTypeException(
+                f"Trainer takes its arguments by name, as in Trainer(max_epochs=3). Received without: {unnamed!r}."
+            )
+        prefix = "PL_TRAINER_"
+        for variable, text in os.environ.items():
+            name = variable.removeprefix(prefix).lower()
+            if variable.startswith(prefix) and name in init.__annotations__ and name not in given:
+                try:
+                    given[name] = ast.literal_eval(text)
+                except (ValueError, SyntaxError):
+                    given[name] = text
+        init(self, **given)
+
+    return with_defaults  # type: ignore[return-value]

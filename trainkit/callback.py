@@ -3,34 +3,49 @@
 Callbacks answer in the order in which they are listed, then the module answers under the same name; callbacks that
 watch a metric (`monitors = True`) answer `on_train_epoch_end` after the module.
 
-    fit                                                      validate / test / predict
-    ---                                                      -------------------------
-    setup                                                    setup
-    [resume] on_load_checkpoint, load_state_dict             on_{stage}_start
-    on_fit_start                                             on_{stage}_epoch_start
-    on_sanity_check_start                                      per batch:
-      ( a few validation batches )                               on_{stage}_batch_start
-    on_sanity_check_end                                          validation_step | test_step | predict_step
-    on_train_start                                               on_{stage}_batch_end
-    per epoch:                                               on_{stage}_epoch_end
-      on_train_epoch_start                                   on_{stage}_end
-      per batch:                                             teardown
-        on_train_batch_start
-        on_before_zero_grad      first batch of an accumulation window
-        training_step
+    fit                                                         validate / test / predict
+    ---                                                         -------------------------
+    [ configure_callbacks ]                                     [ configure_callbacks ]
+    [ prepare_data ]                                            [ prepare_data ]
+    setup                                                       setup
+    [ configure_model ]                                         [ configure_model ]
+    on_load_checkpoint, load_state_dict     when it resumes     [ on_load_checkpoint ]   with a ckpt_path
+    [ configure_optimizers ]                                    [ {stage}_dataloader ]
+    on_fit_start                                                [ on_{stage}_model_eval ]
+    on_sanity_check_start                                       on_{stage}_start
+      ( a few validation batches )                              on_{stage}_epoch_start
+    on_sanity_check_end                                           per batch:
+    [ train_dataloader ]                                          [ on_before_batch_transfer, transfer_batch_to_device,
+    on_train_start                                                  on_after_batch_transfer ]
+    per epoch:                                                    on_{stage}_batch_start
+      on_train_epoch_start                                        [ validation_step | test_step | predict_step ]
+      per batch:                                                  on_{stage}_batch_end
+        [ on_before_batch_transfer, transfer_batch_to_device,   on_{stage}_epoch_end
+          on_after_batch_transfer ]                             on_{stage}_end
+        on_train_batch_start                                    [ on_{stage}_model_train ]
+        on_before_zero_grad         first batch of a window     teardown
+        [ optimizer_zero_grad ]
+        [ training_step ]
         on_before_backward
+        [ backward ]
         on_after_backward
-        on_before_optimizer_step  last batch of an accumulation window
+        [ optimizer_step ]          last batch of a window
+        on_before_optimizer_step
+        [ configure_gradient_clipping ]
+        [ lr_scheduler_step ]       interval "step", and "epoch" after the epoch's last batch
         on_train_batch_end
-        ( validation, when due )
-        on_save_point             between windows, nothing pending
+        ( validation, when due )    before it [ on_validation_model_zero_grad ]
+        on_save_point               between windows, nothing pending
       on_train_epoch_end
+      [ lr_scheduler_step ]         schedules that follow a metric
       on_save_point
     on_train_end
     on_fit_end
     teardown
 
-    on_save_checkpoint: whenever a checkpoint is written.  on_exception: when anything raises, Ctrl-C included.
+    Hooks in brackets are the module's (or the data module's) alone; a window is the accumulate_grad_batches batches of
+    one update. on_save_checkpoint: whenever a checkpoint is written. on_exception: when anything raises, Ctrl-C
+    included; teardown comes after it, too.
 """
 
 from __future__ import annotations

@@ -3,22 +3,95 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainkit import arguments
+from trainkit.accelerators import Accelerator, of_device
 from trainkit.callback import Callback
-from trainkit.errors import MisconfigurationException, warn
+from trainkit.checkpoint.io import CheckpointIO
+from trainkit.devices import resolve as resolve_device
+from trainkit.errors import DuplicateStateError, MisconfigurationException, warn
 from trainkit.hooks import is_overridden
 from trainkit.loggers import DummyLogger, Logger, TensorBoardLogger
 from trainkit.module import Module
+from trainkit.precision import Precision, precision_of
 from trainkit.strategies import Strategy
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
+
+
+class Parts:
+    """What a Trainer works with.
+
+    Args:
+        trainer: whose settings are checked already.
+        given: the Trainer's arguments, by name.
+
+    Raises:
+        MisconfigurationException: arguments that can't work together; the message names them.
+    """
+
+    def __init__(self, trainer: Trainer, given: Mapping[str, Any]) -> None:
+        self.accelerator, device = accelerator_of(given["accelerator"], given["devices"], given["gpus"])
+        self.strategy = strategy_of(given["strategy"], device)
+        if trainer.num_nodes > 1:
+            raise MisconfigurationException(f"num_nodes={trainer.num_nodes}: a run uses one machine. Give num_nodes=1.")
+        if given["model_registry"] is not None:
+            raise MisconfigurationException("model_registry: there is none here; save checkpoints with a callback.")
+        plugins = plugins_of(given["plugins"])
+        if "precision" in plugins and given["precision"] is not None:
+            raise MisconfigurationException(
+                f"precision={given['precision']!r} and plugins={given['plugins']!r} both say the precision. Give one."
+            )
+        self.precision: Precision = plugins.get("precision") or precision_of(given["precision"])
+        self.checkpoint_io: CheckpointIO = plugins.get("checkpoint_io") or CheckpointIO()
+        set_torch_switches(trainer.deterministic, trainer.benchmark)
+        bare = trainer.barebones
+        self.profiler = given["profiler"]
+        logger = False if bare else given["logger"]
+        self.loggers = loggers_of(logger, trainer.default_root_dir, trial=bool(trainer.fast_dev_run))
+        flags = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+        self.callbacks = callbacks_of(
+            given["callbacks"],
+            **{name: False if bare else arguments.flag(name, given[name]) for name in flags},
+            max_time=trainer.max_time,
+        )
+
+
+def accelerator_of(given: Any, devices: Any, gpus: int | None) -> tuple[Accelerator, torch.device]:
+    """Return the accelerator and the device that a run uses."""
+    if not isinstance(given, Accelerator):
+        device = resolve_device(given, devices, gpus)
+        return of_device(device), device
+    found = given.get_parallel_devices(given.parse_devices(devices))
+    if len(found) != 1:
+        raise MisconfigurationException(f"devices={devices!r} asks for {len(found)} devices; a run uses one.")
+    return given, found[0]
+
+
+def plugins_of(given: Any) -> dict[str, Any]:
+    """Return the plugins by what they are: "precision", "checkpoint_io"; at most one of each."""
+    plugins: dict[str, Any] = {}
+    for plugin in given if isinstance(given, (list, tuple)) else [] if given is None else [given]:
+        if isinstance(plugin, Precision):
+            kind = "precision"
+        elif isinstance(plugin, CheckpointIO):
+            kind = "checkpoint_io"
+        else:
+            raise MisconfigurationException(
+                f"plugins takes Precision and CheckpointIO objects. Received: {plugin!r}. A precision's name goes to "
+                "precision=."
+            )
+        if kind in plugins:
+            raise MisconfigurationException(f"plugins has two of a kind: {plugins[kind]!r} and {plugin!r}. Give one.")
+        plugins[kind] = plugin
+    return plugins
 
 
 def strategy_of(given: str | Strategy, device: torch.device) -> Strategy:
@@ -27,7 +100,9 @@ def strategy_of(given: str | Strategy, device: torch.device) -> Strategy:
         return given
     if given in ("auto", "single_device"):
         return Strategy(device)
-    raise ValueError(f"strategy must be 'auto', 'single_device' or a Strategy object. Received: {given!r}.")
+    raise MisconfigurationException(
+        f"strategy must be 'auto', 'single_device' or a Strategy object. Received: {given!r}."
+    )
 
 
 def set_torch_switches(deterministic: bool | str | None, benchmark: bool | None) -> None:
@@ -92,7 +167,7 @@ def callbacks_of(
         argument: str, enabled: bool | None, belongs: Callable[[Any], bool], make: Callable[[], Callback]
     ) -> None:
         there = [callback for callback in callbacks if belongs(callback)]
-        if there and enabled is False:
+        if there and enabled is False and argument != "enable_model_summary":  # that one means the default only
             raise MisconfigurationException(
                 f"{argument}=False, but callbacks has a {type(there[0]).__name__}. Leave one of the two out."
             )
@@ -107,12 +182,23 @@ def callbacks_of(
     complete("enable_checkpointing", enable_checkpointing, lambda c: bool(c.saves), ModelCheckpoint)
     if max_time is not None and not any(isinstance(callback, Timer) for callback in callbacks):
         callbacks.append(Timer(max_time))
-    return savers_last(callbacks)
+    return in_order(callbacks)
 
 
-def savers_last(callbacks: Iterable[Callback]) -> list[Callback]:
-    """Return the callbacks in order, those that write checkpoints behind all others."""
-    return sorted(callbacks, key=lambda callback: callback.saves)
+def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
+    """Return the callbacks in order, those that write checkpoints behind all others.
+
+    Raises:
+        DuplicateStateError: two of them have one name for their state.
+    """
+    ordered = sorted(callbacks, key=lambda callback: callback.saves)
+    keys = [callback.state_key for callback in ordered if callback.state_dict()]
+    for key in {key for key in keys if keys.count(key) > 1}:
+        raise DuplicateStateError(
+            f"two callbacks keep their state under {key!r}: a checkpoint could hold only one of them. Give one of the "
+            "classes a state_key property of its own."
+        )
+    return ordered
 
 
 def module_of(given: Any, stage: str) -> Module:
@@ -135,11 +221,7 @@ def with_callbacks_of(module: Module, callbacks: list[Callback]) -> list[Callbac
     own = module.configure_callbacks()
     own = list(own) if isinstance(own, Sequence) else [own]
     kept = [callback for callback in callbacks if type(callback) not in {type(other) for other in own}]
-    return savers_last([*kept, *own])
-
-
-NOT_CALLED = ("backward", "configure_gradient_clipping", "configure_model", "optimizer_step", "optimizer_zero_grad")
-"""Methods that Lightning calls and a run here does not: leaving them out silently would train something else."""
+    return in_order([*kept, *own])
 
 
 def check_can_train(trainer: Trainer) -> None:
@@ -150,23 +232,19 @@ def check_can_train(trainer: Trainer) -> None:
             f"{type(module).__name__} has no training_step(self, batch, batch_idx), which fit calls with each "
             "batch and which returns the loss."
         )
-    for name in NOT_CALLED:
-        if callable(getattr(module, name, None)):
-            raise MisconfigurationException(
-                f"{type(module).__name__} has {name}, which this version of trainkit does not call. Take it out, or "
-                "use automatic_optimization=False and do it in training_step."
-            )
     if not is_overridden(module, "configure_optimizers"):
         module.configure_optimizers()  # the one that is not overridden raises, and says what to write
     if not module.automatic_optimization:
         for name, value, off in (
             ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),
-            ("gradient_clip_val", trainer.gradient_clip_val, None),
+            ("gradient_clip_val", trainer.gradient_clip_val or None, None),
         ):
             if value != off:
                 raise MisconfigurationException(
                     f"{name}={value} does nothing with automatic_optimization=False: do it in training_step."
                 )
+    if is_overridden(module, "validation_step") and not trainer.sources.has_loader("val"):
+        warn(f"{type(module).__name__} has a validation_step, but there is no val_dataloader: nothing is validated.")
     frozen = [name for name, part in module.named_modules() if not part.training]
     if frozen:
         warn(

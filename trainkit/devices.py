@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from trainkit.errors import MisconfigurationException, WrongTypeException
+
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
@@ -29,23 +31,27 @@ def resolve(
         gpus: short for accelerator="gpu", devices=gpus.
 
     Raises:
-        ValueError: an unknown word, a device that is not there, or more than one device.
+        MisconfigurationException: an unknown word, a device that is not there, or more than one device.
     """
     if gpus is not None:
         if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
-            raise ValueError(f"gpus must be a whole number of at least 1. Received: {gpus!r}.")
+            raise MisconfigurationException(f"gpus must be a whole number of at least 1. Received: {gpus!r}.")
         if accelerator not in ("auto", "gpu", "cuda", "mps") or devices != "auto":
-            raise ValueError(
+            raise MisconfigurationException(
                 f"gpus={gpus} is short for accelerator='gpu', devices={gpus}. Received beside it: "
                 f"accelerator={accelerator!r}, devices={devices!r}; give one or the other."
             )
         accelerator, devices = ("gpu" if accelerator == "auto" else accelerator), gpus
     if accelerator not in ACCELERATORS:
-        raise ValueError(f"accelerator must be one of {', '.join(map(repr, ACCELERATORS))}. Received: {accelerator!r}.")
+        raise MisconfigurationException(
+            f"accelerator must be one of {', '.join(map(repr, ACCELERATORS))}. Received: {accelerator!r}."
+        )
     kind = _kind(accelerator)
     indices = _indices(kind, devices)
     if len(indices) > 1:
-        raise ValueError(f"devices={devices!r} asks for {len(indices)} devices; a run uses one. Give devices=1.")
+        raise MisconfigurationException(
+            f"devices={devices!r} asks for {len(indices)} devices; a run uses one. Give devices=1."
+        )
     return torch.device(kind, indices[0]) if kind == "cuda" else torch.device(kind)
 
 
@@ -57,7 +63,7 @@ def _kind(accelerator: str) -> str:
         return "cuda" if cuda else "mps"
     if accelerator == "cpu" or (accelerator == "cuda" and cuda) or (accelerator == "mps" and mps):
         return accelerator
-    raise ValueError(
+    raise MisconfigurationException(
         f"accelerator={accelerator!r} is not there: this machine has {available()}. "
         "Use accelerator='auto' or accelerator='cpu'."
     )
@@ -74,34 +80,38 @@ def _indices(kind: str, devices: int | str | list[int]) -> list[int]:
         except ValueError:
             parts = []
         if not parts:
-            raise ValueError(f"devices must be 'auto', a number or a list of indices. Received: {devices!r}.")
+            raise MisconfigurationException(
+                f"devices must be 'auto', a number or a list of indices. Received: {devices!r}."
+            )
         return _existing(kind, parts, devices, count) if "," in devices else _counted(kind, parts[0], devices, count)
     if isinstance(devices, (list, tuple)):
         if not devices:
-            raise ValueError(f"devices={devices!r} names no device; give devices='auto' or devices=1.")
+            raise MisconfigurationException(f"devices={devices!r} names no device; give devices='auto' or devices=1.")
         if kind == "cpu":
-            raise ValueError(f"devices={devices!r}: a list names accelerators, the cpu has no indices. Give devices=1.")
+            raise MisconfigurationException(
+                f"devices={devices!r}: a list names accelerators, the cpu has no indices. Give devices=1."
+            )
         return _existing(kind, list(devices), devices, count)
     if isinstance(devices, int) and not isinstance(devices, bool):
         return _counted(kind, devices, devices, count)
-    raise TypeError(f"devices must be 'auto', a number or a list of indices. Received: {devices!r}.")
+    raise WrongTypeException(f"devices must be 'auto', a number or a list of indices. Received: {devices!r}.")
 
 
 def _existing(kind: str, indices: list[int], given: object, count: int) -> list[int]:
     """Return the indices if there are such devices."""
     wrong = [index for index in indices if isinstance(index, bool) or not isinstance(index, int)]
     if wrong:
-        raise TypeError(f"devices must be a list of whole numbers. Received: {given!r}.")
+        raise WrongTypeException(f"devices must be a list of whole numbers. Received: {given!r}.")
     if kind != "cpu" and not all(0 <= index < count for index in indices):
-        raise ValueError(f"devices={given!r} is not there: this machine has {available()}.")
+        raise MisconfigurationException(f"devices={given!r} is not there: this machine has {available()}.")
     return indices
 
 
 def _counted(kind: str, number: int, given: object, count: int) -> list[int]:
     """Return the first so many indices if there are so many devices."""
     if number < 1 and number != -1:
-        raise ValueError(f"devices must be at least 1, or -1 for all. Received: {given!r}.")
+        raise MisconfigurationException(f"devices must be at least 1, or -1 for all. Received: {given!r}.")
     if number > count:
         there = "the cpu counts as one device" if kind == "cpu" else f"this machine has {available()}"
-        raise ValueError(f"devices={given!r} is more than there are: {there}.")
+        raise MisconfigurationException(f"devices={given!r} is more than there are: {there}.")
     return list(range(count if number == -1 else number))

@@ -2,8 +2,12 @@
 
 ValueError
   MisconfigurationException     an argument, a method or a combination of them that can't work
+    WrongTypeException          the same, and a TypeError
+    DuplicateStateError         two callbacks with one state; the same, and a RuntimeError
+    MissingMetric               the same, and a RuntimeError
 RuntimeError
-  CheckpointError               a checkpoint that is missing, damaged, or does not fit
+  CheckpointError               a checkpoint that is damaged, or does not fit
+    NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
 """
 
 from __future__ import annotations
@@ -23,8 +27,24 @@ class MisconfigurationException(ValueError):
     """Tell what in the user's code or configuration can't work, and what to write instead."""
 
 
+class WrongTypeException(MisconfigurationException, TypeError):
+    """Tell which argument is of a type that can't work."""
+
+
+class DuplicateStateError(MisconfigurationException, RuntimeError):
+    """Tell which callbacks would overwrite each other's state in a checkpoint."""
+
+
+class MissingMetric(MisconfigurationException, RuntimeError):
+    """Tell which metric is watched and never logged."""
+
+
 class CheckpointError(RuntimeError):
     """Tell why a checkpoint was not written or not loaded; nothing was changed."""
+
+
+class NoCheckpointError(CheckpointError, FileNotFoundError, ValueError):
+    """Tell that there is no such checkpoint, whether a file or "best" and "last" name it."""
 
 
 def warn(message: str) -> None:

@@ -64,25 +64,18 @@ def _first(method: Call, count: int, *arguments: Any) -> Any:
     return method(*arguments[:count])
 
 
-def _each(calls: tuple[Call, ...]) -> Call:
-    def call_each(*arguments: Any) -> None:
-        for call in calls:
-            call(*arguments)
-
-    return call_each
+def _each(calls: tuple[Call, ...], *arguments: Any) -> None:
+    for call in calls:
+        call(*arguments)
 
 
-def _each_may_skip(calls: tuple[Call, ...]) -> Call:
+def _each_may_skip(calls: tuple[Call, ...], *arguments: Any) -> int | None:
     """Call all, and return -1 when any of them did."""
-
-    def call_each(*arguments: Any) -> int | None:
-        skip = None
-        for call in calls:
-            if call(*arguments) == -1:
-                skip = -1
-        return skip
-
-    return call_each
+    skip = None
+    for call in calls:
+        if call(*arguments) == -1:
+            skip = -1
+    return skip
 
 
 @dataclass(frozen=True)
@@ -109,14 +102,17 @@ class Hooks:
 
     def __init__(self, trainer: Trainer, module: Module, callbacks: Sequence[Callback]) -> None:
         self.answers: dict[str, list[str]] = {}
+        self._build_for = partial(self._build, trainer=trainer, module=module, callbacks=callbacks)
         for name in ARGUMENTS:
-            setattr(self, name, self._build(name, trainer, module, callbacks))
+            setattr(self, name, self._build_for(name))
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Call: ...
 
-    def _build(self, name: str, trainer: Trainer, module: Module, callbacks: Sequence[Callback]) -> Call:
+    def _build(
+        self, name: str, trainer: Trainer, module: Module, callbacks: Sequence[Callback], loaders: int = 1
+    ) -> Call:
         answering = [callback for callback in callbacks if overrides(callback, name, Callback)]
         # who watches a metric hears of an epoch's end after the module could still log
         late = [c for c in answering if c.monitors] if name == "on_train_epoch_end" else []
@@ -125,39 +121,44 @@ class Hooks:
             owners.append(module)
         owners += late
         calls: list[Call] = [
-            checked(getattr(owner, name), name)
+            checked(getattr(owner, name), name, loaders)
             if owner is module
-            else partial(checked(getattr(owner, name), name, ("trainer", "module")), trainer, module)
+            else partial(checked(getattr(owner, name), name, loaders, ("trainer", "module")), trainer, module)
             for owner in owners
         ]
         self.answers[name] = [type(owner).__name__ for owner in owners]
         if not calls:
             return _nothing
         together = _each_may_skip if name == "on_train_batch_start" else _each
-        call = calls[0] if len(calls) == 1 else together(tuple(calls))
-        return call if name in STEP_HOOKS else announced(trainer, name, call)
+        call = calls[0] if len(calls) == 1 else partial(together, tuple(calls))
+        return call if name in STEP_HOOKS else partial(_announced, trainer, name, call)
 
-    def evaluation(self, stage: str) -> Evaluation:
-        """Return the hooks of "validation", "test" or "predict" under names without the stage."""
-        return Evaluation(**{event: getattr(self, f"on_{stage}_{event}") for event in Evaluation.__annotations__})
+    def evaluation(self, stage: str, loaders: int) -> Evaluation:
+        """Return the hooks of "validation", "test" or "predict" under names without the stage.
+
+        Args:
+            stage: which of them.
+            loaders: how many loaders it goes through; with one, hooks are called without a dataloader_idx.
+        """
+        calls = {event: getattr(self, f"on_{stage}_{event}") for event in Evaluation.__annotations__}
+        if loaders > 1:
+            for event in ("batch_start", "batch_end"):
+                calls[event] = self._build_for(f"on_{stage}_{event}", loaders=loaders)
+        return Evaluation(**calls)
 
     def __str__(self) -> str:
         width = max(map(len, self.answers))
         return "\n".join(f"{name:<{width}}  {', '.join(names) or '-'}" for name, names in self.answers.items())
 
 
-def announced(trainer: Trainer, name: str, call: Call) -> Call:
+def _announced(trainer: Trainer, name: str, call: Call, *arguments: Any) -> Any:
     """Tell `log` in which hook it is called. Only for hooks that fire rarely: a step's hooks are called bare."""
-
-    def call_announced(*arguments: Any) -> Any:
-        metrics = trainer.metrics
-        before, metrics.hook = metrics.hook, name
-        try:
-            return call(*arguments)
-        finally:
-            metrics.hook = before
-
-    return call_announced
+    metrics = trainer.metrics
+    before, metrics.hook = metrics.hook, name
+    try:
+        return call(*arguments)
+    finally:
+        metrics.hook = before
 
 
 def overrides(owner: object, name: str, base: type) -> bool:
@@ -166,13 +167,18 @@ def overrides(owner: object, name: str, base: type) -> bool:
     return getattr(method, "__func__", method) is not getattr(base, name)
 
 
-def is_overridden(module: object, name: str) -> bool:
+BASES = ("trainkit.module", "trainkit.datamodule")
+"""Where the classes are whose methods are nobody's own."""
+
+
+def is_overridden(owner: object, name: str) -> bool:
     """Whether the user's Module or DataModule, or one of its bases above trainkit's, has this method of its own."""
-    method = getattr(module, name, None)
+    method = getattr(owner, name, None)
     if method is None:
         return False
     function = getattr(method, "__func__", method)
-    return getattr(function, "__module__", "") not in ("trainkit.module", "trainkit.datamodule")
+    classes = (owner if isinstance(owner, type) else type(owner)).__mro__
+    return all(function is not vars(cls).get(name) for cls in classes if cls.__module__ in BASES)
 
 
 def accepts(method: Call, count: int) -> bool:
@@ -186,15 +192,21 @@ def accepts(method: Call, count: int) -> bool:
     return True
 
 
-def checked(method: Call, name: str, prefix: tuple[str, ...] = ()) -> Call:
-    """Return the method as its hook can call it, dropping a dataloader_idx that the method does not take."""
+def checked(method: Call, name: str, loaders: int = 1, prefix: tuple[str, ...] = ()) -> Call:
+    """Return the method as its hook can call it, with or without a dataloader_idx."""
     arguments = (*prefix, *ARGUMENTS[name])
-    return fitted(method, name, arguments, len(arguments) - ("dataloader_idx" in arguments))
+    return fitted(method, name, arguments, len(arguments) - ("dataloader_idx" in arguments), loaders)
 
 
-def fitted(method: Call, name: str, arguments: tuple[str, ...], least: int) -> Call:
-    """Return a call that takes all the arguments and hands on as many as the method takes, at least so many."""
-    for count in range(len(arguments), least - 1, -1):
+def fitted(method: Call, name: str, arguments: tuple[str, ...], least: int, loaders: int = 1) -> Call:
+    """Return a call that takes all the arguments and hands on as many as the method takes, at least so many.
+
+    With one loader a last argument `dataloader_idx` is handed on only to a method that can't do without.
+    """
+    counts = list(range(len(arguments), least - 1, -1))
+    if loaders == 1 and arguments[-1:] == ("dataloader_idx",):
+        counts[:2] = reversed(counts[:2])
+    for count in counts:
         if accepts(method, count):
             return method if count == len(arguments) else partial(_first, method, count)
     owner = type(getattr(method, "__self__", None)).__name__

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, warn
 from trainkit.metrics import TRAIN_BATCH
 
 if TYPE_CHECKING:
@@ -22,11 +22,12 @@ def fit(trainer: Trainer) -> None:
     Counters advance before anybody hears of a finished batch, and ModelCheckpoint writes at save points only, where no
     gradient is pending: what is saved there needs no repair on resume. `metrics` is told where the run is, for `log`.
     """
-    module, precision, progress, sources = trainer.module, trainer.precision, trainer.progress, trainer.sources
+    module, precision, progress, sources = trainer.module, trainer.precision_plugin, trainer.progress, trainer.sources
     hooks, metrics, optimizers, schedules = trainer.hooks, trainer.metrics, trainer.optimizers, trainer.schedules
     training_step = trainer.wrapped_step("training_step")  # in float32 on one device: the method itself
-    transfer, clip = trainer.transfer, trainer.clip  # None: nothing to do
-    automatic = module.automatic_optimization
+    transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
+    backward, zero_grad, clip = update.backward, update.zero_grad, update.clip  # None: nothing that is not here
+    needs_grad, replay = not update.own_backward, update.replay(training_step, loss_of)
     log_every = trainer.log_every_n_steps or sys.maxsize
 
     hooks.on_train_start()
@@ -58,24 +59,29 @@ def fit(trainer: Trainer) -> None:
             if automatic and not gradients:
                 for optimizer in optimizers:
                     hooks.on_before_zero_grad(optimizer)
-                    optimizer.zero_grad()
+                    if zero_grad is None:
+                        optimizer.zero_grad()
+                    else:
+                        zero_grad(progress.epoch, batch_idx, optimizer)
 
             # Forward, loss, backward.
             output = training_step(batch, batch_idx)
-            loss = loss_of(output) if automatic else None
+            loss = loss_of(output, needs_grad) if automatic else None
             if loss is not None:  # None: the module skips this batch, or optimizes by itself
                 if accumulate > 1:
                     loss = loss / accumulate
                 hooks.on_before_backward(loss)
-                precision.backward(loss)
+                backward(loss)
                 hooks.on_after_backward()
                 gradients = True
+                if replay is not None:
+                    replay.remember(batch, batch_idx)
 
             # Update the weights.
             stepped = trainer.take_manual_step() if not automatic else window_ends and gradients
             if automatic and stepped:
-                moved = True
-                for optimizer in optimizers:
+                moved = replay is None or replay.update(loss, batch_idx)  # through a closure, for whom it must be so
+                for optimizer in optimizers if replay is None else ():
                     precision.unscale(optimizer)
                     hooks.on_before_optimizer_step(optimizer)
                     if clip is not None:
@@ -97,7 +103,7 @@ def fit(trainer: Trainer) -> None:
                 trainer.log_metrics(metrics.step_metrics())
             if trainer.validation_due(is_last):
                 if window_ends:
-                    module.zero_grad()
+                    module.on_validation_model_zero_grad()
                 evaluate(trainer, "validation", sources.loaders["val"])
                 metrics.resume_train(TRAIN_BATCH)
                 trainer.is_last_batch = is_last
@@ -126,7 +132,7 @@ def fit(trainer: Trainer) -> None:
 
 def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[str, float]]:
     """Run "validation" or "test" over every loader in turn and return what was logged, a dict for each loader."""
-    hooks, metrics, transfer = trainer.hooks.evaluation(stage), trainer.metrics, trainer.transfer
+    hooks, metrics, transfer = trainer.hooks.evaluation(stage, len(loaders)), trainer.metrics, trainer.transfer
     step_name = f"{stage}_step"
     step = trainer.wrapped_step(step_name, len(loaders))
     table = metrics.begin(stage, len(loaders))
@@ -159,7 +165,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[s
 
 def predict(trainer: Trainer, loaders: list[Loader], keep: bool) -> list[Any]:
     """Run `predict_step` over every loader and return what it gave, on the host; a list for each loader."""
-    hooks, metrics, transfer = trainer.hooks.evaluation("predict"), trainer.metrics, trainer.transfer
+    hooks, metrics, transfer = trainer.hooks.evaluation("predict", len(loaders)), trainer.metrics, trainer.transfer
     step = trainer.wrapped_step("predict_step", len(loaders))
     predictions: list[list[Any]] = [[] for _ in loaders]
 
@@ -181,15 +187,20 @@ def predict(trainer: Trainer, loaders: list[Loader], keep: bool) -> list[Any]:
                     predictions[dataloader_idx].append(trainer.to_host(output))
         hooks.epoch_end()
         hooks.end()
+    if any(prediction is None for of_loader in predictions for prediction in of_loader):
+        warn("predict_step returned None. Return the prediction, or call predict with return_predictions=False.")
     return predictions[0] if len(loaders) == 1 else predictions
 
 
-def loss_of(output: Any) -> Tensor | None:
-    """Return the loss in what `training_step` returned: a tensor, a mapping with "loss", or None for "skip"."""
+def loss_of(output: Any, needs_grad: bool = True) -> Tensor | None:
+    """Return the loss in what `training_step` returned: a tensor, a mapping with "loss", or None for "skip".
+
+    A `backward` of the module's own may know what to do with a loss that does not require grad.
+    """
     loss = output
     if isinstance(output, Mapping):
-        loss = output.get("loss", output)
-    if loss is None:
+        loss = output.get("loss")
+    if output is None:
         return None
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(
@@ -201,7 +212,7 @@ def loss_of(output: Any) -> Tensor | None:
             f"training_step must return one number as the loss. Received: shape {tuple(loss.shape)}. Reduce it first, "
             "for example with .mean()."
         )
-    if not loss.requires_grad:
+    if needs_grad and not loss.requires_grad:
         raise MisconfigurationException(
             "training_step returned a loss that does not require grad, so nothing can be learned from it. Was it "
             "detached, turned into a number, or computed under torch.no_grad()? Are all parameters frozen?"

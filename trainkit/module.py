@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from trainkit.loggers import Logger
     from trainkit.metrics import Metrics
     from trainkit.trainer import Trainer
+    from trainkit.update import StepOptimizer
 
 
 class Module(HyperParameters, nn.Module):
@@ -38,6 +40,12 @@ class Module(HyperParameters, nn.Module):
 
     example_input_array: Any = None
     """A batch of inputs to `forward`, for summaries and exports."""
+
+    fabric: None = None
+    """Always None: there is no Fabric here. Lightning code asks for it to see which of the two runs it."""
+
+    device_mesh: Any = None
+    """The device mesh of a strategy that has one, None otherwise."""
 
     strict_loading: bool = True
     """Whether a checkpoint must have exactly this module's parameters and buffers."""
@@ -61,6 +69,11 @@ class Module(HyperParameters, nn.Module):
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Return the predictions for a batch: `self(batch)` if not overridden."""
+        if getattr(self.forward, "__func__", None) is nn.Module.forward:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has neither predict_step nor forward, so it can't predict. Write "
+                "predict_step(self, batch, batch_idx)."
+            )
         return self(args[0] if args else kwargs["batch"])
 
     def configure_optimizers(self) -> Any:
@@ -180,6 +193,23 @@ class Module(HyperParameters, nn.Module):
         return trainer.loggers if trainer is not None else []
 
     @property
+    def global_rank(self) -> int:
+        """The number of this process among all of the run, from 0; 0 without a trainer."""
+        trainer = self.__dict__.get("_trainer")
+        return trainer.global_rank if trainer is not None else 0
+
+    @property
+    def local_rank(self) -> int:
+        """The number of this process on its machine, from 0; 0 without a trainer."""
+        trainer = self.__dict__.get("_trainer")
+        return trainer.local_rank if trainer is not None else 0
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the parameters are on a cuda device."""
+        return self.device.type == "cuda"
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next((t.device for source in (self.parameters(), self.buffers()) for t in source), torch.device("cpu"))
@@ -195,7 +225,7 @@ class Module(HyperParameters, nn.Module):
         Args:
             use_pl_optimizer: wrapped, so that `step` goes through the precision and is counted; False: as they are.
         """
-        found: list[Any] = self.trainer.manual_optimizers if use_pl_optimizer else self.trainer.optimizers
+        found: list[Any] = self.trainer.step_optimizers if use_pl_optimizer else self.trainer.optimizers
         return found[0] if len(found) == 1 else found
 
     def lr_schedulers(self) -> Any:
@@ -206,9 +236,55 @@ class Module(HyperParameters, nn.Module):
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run the backward pass in the run's precision; for manual optimization."""
         trainer = self.trainer
+        if self.automatic_optimization:
+            raise MisconfigurationException(
+                "self.manual_backward(loss) is for manual optimization: set self.automatic_optimization = False in "
+                "__init__, or leave the call out and return the loss."
+            )
         trainer.hooks.on_before_backward(loss)
-        trainer.precision.backward(loss, *args, **kwargs)
+        trainer.update.backward(loss, *args, **kwargs)
         trainer.hooks.on_after_backward()
+
+    def toggle_optimizer(self, optimizer: Optimizer | StepOptimizer) -> None:
+        """Turn gradients off for the parameters of all other optimizers, until `untoggle_optimizer`.
+
+        What an alternating scheme (a GAN's) does before it computes the loss of one of its parts, so that backward does
+        not compute gradients that nobody uses. Parameters that do not require gradients stay so.
+
+        Args:
+            optimizer: whose parameters keep their gradients, as `self.optimizers()` or `configure_optimizers` gave it.
+        """
+        before: dict[Tensor, bool] = self.__dict__.setdefault("_toggled", {})
+        own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        for other in self.trainer.optimizers:
+            for group in other.param_groups:
+                for parameter in group["params"]:
+                    before.setdefault(parameter, parameter.requires_grad)
+                    parameter.requires_grad = parameter in own and before[parameter]
+
+    def untoggle_optimizer(self, optimizer: Optimizer | StepOptimizer) -> None:
+        """Give every parameter back whether it requires gradients, as it was before `toggle_optimizer`."""
+        for parameter, requires_grad in self.__dict__.pop("_toggled", {}).items():
+            parameter.requires_grad = requires_grad
+
+    @contextmanager
+    def toggled_optimizer(self, optimizer: Optimizer | StepOptimizer) -> Iterator[None]:
+        """Toggle an optimizer for a block."""
+        self.toggle_optimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer(optimizer)
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Return the tensors of all processes, stacked in a new first dimension; with one process, the data itself.
+
+        Args:
+            data: a tensor, a number, or a nested structure of them, of one shape on all processes.
+            group: which processes (default: all).
+            sync_grads: let gradients flow back to the process that each tensor came from.
+        """
+        return self.trainer.strategy.all_gather(data, group, sync_grads)
 
     def freeze(self) -> Self:
         """Turn gradients off for all parameters and go to evaluation mode."""
@@ -290,12 +366,81 @@ class Module(HyperParameters, nn.Module):
         return batch
 
     # ---------------------------------------------------------------- override points of the update
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the loss's gradients to the parameters'; `loss` is scaled already when the precision is float16."""
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Clear an optimizer's gradients, on the first batch of an accumulation window."""
+        optimizer.zero_grad()
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: StepOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Update the weights; override it to warm a learning rate up, to step rarely, or to do something in between.
+
+        Args:
+            epoch: the epoch that is running.
+            batch_idx: the batch's index in it.
+            optimizer: its `step` goes through precision, hooks and clipping.
+            optimizer_closure: returns the loss. The first call returns the one that training_step has computed, whose
+                gradients are there; each later one computes zero_grad, forward and backward again. Hand it to `step`.
+        """
+        optimizer.step(closure=optimizer_closure)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip an optimizer's gradients, when they are complete and unscaled. Called with the Trainer's settings."""
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip an optimizer's gradients now; for manual optimization and `configure_gradient_clipping`.
+
+        Args:
+            optimizer: whose gradients; with float16 they are unscaled first.
+            gradient_clip_val: the limit (default: the Trainer's). 0 clips nothing.
+            gradient_clip_algorithm: "norm" (their common 2-norm) or "value" (each element). Default: the Trainer's,
+                else "norm".
+
+        Raises:
+            MisconfigurationException: another value than the Trainer's, or no such algorithm.
+            TypeError: a limit that is no number.
+        """
+        trainer = self.trainer
+        limit = checked_clip("gradient_clip_val", gradient_clip_val, trainer.gradient_clip_val)
+        algorithm = checked_clip("gradient_clip_algorithm", gradient_clip_algorithm, trainer.gradient_clip_algorithm)
+        if not limit:
+            return
+        inner = getattr(optimizer, "optimizer", optimizer)
+        trainer.precision_plugin.unscale(inner)
+        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+        trainer.strategy.clip_gradients(parameters, limit, algorithm)
+
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Move an lr scheduler; `metric` is None unless it watches one."""
         if metric is None:
             scheduler.step()
         else:
             scheduler.step(metric)
+
+    def configure_model(self) -> None:
+        """Make parts of the module here that are too large to make twice: on the device, in the run's precision.
+
+        Called in every stage and by `load_from_checkpoint`, perhaps more than once: make nothing that is there already.
+        """
 
     def configure_callbacks(self) -> Any:
         """Return a callback or a list of them for this run; they replace the Trainer's of the same type."""
@@ -344,6 +489,18 @@ class Module(HyperParameters, nn.Module):
     def on_fit_end(self) -> None:
         """Called when fit is done and the module is back where it was."""
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Called before a validation inside fit, when no gradient is pending: clears them all."""
+        self.zero_grad()
+
+    def on_validation_model_eval(self) -> None:
+        """Called when a validation begins: puts the module into evaluation mode."""
+        self.eval()
+
+    def on_validation_model_train(self) -> None:
+        """Called when a validation ends. Override it to decide on modes; as it is, each part gets its own mode back."""
+        self.train()
+
     def on_validation_start(self) -> None:
         """Called when the module is in evaluation mode."""
 
@@ -362,6 +519,14 @@ class Module(HyperParameters, nn.Module):
     def on_validation_end(self) -> None:
         """Called when the validation's metrics are in `trainer.callback_metrics`."""
 
+    def on_test_model_eval(self) -> None:
+        """Called when a test begins: puts the module into evaluation mode."""
+        self.eval()
+
+    def on_test_model_train(self) -> None:
+        """Called when a test ends. Override it to decide on modes; as it is, each part gets its own mode back."""
+        self.train()
+
     def on_test_start(self) -> None:
         """Called when the module is in evaluation mode."""
 
@@ -379,6 +544,14 @@ class Module(HyperParameters, nn.Module):
 
     def on_test_end(self) -> None:
         """Called when the test's metrics are in `trainer.callback_metrics`."""
+
+    def on_predict_model_eval(self) -> None:
+        """Called when a predict begins: puts the module into evaluation mode."""
+        self.eval()
+
+    def on_predict_model_train(self) -> None:
+        """Called when a predict ends. Override it to decide on modes; as it is, each part gets its own mode back."""
+        self.train()
 
     def on_predict_start(self) -> None:
         """Called when the module is in evaluation mode."""
@@ -403,6 +576,21 @@ class Module(HyperParameters, nn.Module):
 
     def teardown(self, stage: str) -> None:
         """Called when a run ends, after an error too."""
+
+
+def checked_clip(argument: str, given: Any, of_trainer: Any) -> Any:
+    """Return how to clip, as given or else as the Trainer says; both can't say different things."""
+    if given is None:
+        return of_trainer
+    if of_trainer is not None and of_trainer != given:
+        raise MisconfigurationException(
+            f"clip_gradients({argument}={given!r}), but Trainer({argument}={of_trainer!r}). Give the same, or only one."
+        )
+    if argument == "gradient_clip_algorithm" and str(given).lower() not in ("norm", "value"):
+        raise MisconfigurationException(f"{argument} must be 'norm' or 'value'. Received: {given!r}.")
+    if argument == "gradient_clip_val" and (isinstance(given, bool) or not isinstance(given, (int, float))):
+        raise TypeError(f"{argument} must be a number. Received: {given!r}.")
+    return given
 
 
 def _warn_without_trainer(what: str) -> None:

@@ -1,9 +1,8 @@
-"""What `configure_optimizers` may return, when schedules move, and the optimizer of manual optimization."""
+"""What `configure_optimizers` may return, and when schedules move."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,18 +85,6 @@ def configure(module: Module) -> tuple[list[Optimizer], list[LRSchedulerConfig]]
     return optimizers, configs
 
 
-def check_closures(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers that run the forward and backward pass by themselves: automatic optimization has run it."""
-    for optimizer in optimizers:
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__} runs the forward and backward pass by itself, which automatic "
-                "optimization does not do. Set self.automatic_optimization = False and call "
-                "self.optimizers().step(closure) in training_step."
-            )
-
-
 def _from_dicts(dicts: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
     optimizers, schedulers = [], []
     for given in dicts:
@@ -170,6 +157,10 @@ class Schedules:
 
     def __init__(self, configs: Sequence[LRSchedulerConfig], trainer: Trainer) -> None:
         self.trainer = trainer
+        self.sort(configs)
+
+    def sort(self, configs: Sequence[LRSchedulerConfig]) -> None:
+        """Take these schedules instead; a callback may change them between epochs."""
         self.by_step = tuple(c for c in configs if c.interval == "step" and not c.reduce_on_plateau)
         self.by_epoch = tuple(c for c in configs if c.interval == "epoch" and not c.reduce_on_plateau)
         self.plateau_by_step = tuple(c for c in configs if c.interval == "step" and c.reduce_on_plateau)
@@ -198,47 +189,3 @@ class Schedules:
             raise MisconfigurationException(message)
         warn(message)
         return None
-
-
-class ManualOptimizer:
-    """An optimizer as `self.optimizers()` hands it out: its `step` goes through the precision and is counted."""
-
-    def __init__(self, optimizer: Optimizer, trainer: Trainer) -> None:
-        self.optimizer = optimizer
-        self._trainer = trainer
-
-    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
-        """Update the weights. One batch counts as one step of the run, however many optimizers stepped.
-
-        Args:
-            closure: computes the loss and its gradients, for optimizers that do so more than once a step.
-        """
-        trainer, optimizer = self._trainer, self.optimizer
-        precision, about_to_step = trainer.precision, trainer.hooks.on_before_optimizer_step
-        answer: Any = None
-        if closure is None:
-            precision.unscale(optimizer)
-            about_to_step(optimizer)
-            precision.step(optimizer)
-        else:
-
-            def evaluate() -> Any:
-                nonlocal answer
-                loss = closure()
-                answer = loss if answer is None else answer  # what the optimizer would return: the first one
-                about_to_step(optimizer)
-                return loss
-
-            precision.step(optimizer, evaluate)
-        precision.update()
-        trainer.stepped_manually = True
-        return answer
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # a copy that is being made has none yet
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)

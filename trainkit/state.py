@@ -92,7 +92,7 @@ def resume_state(trainer: Trainer) -> dict[str, Stateful]:
     In the order of loading: random state comes last, so that nothing loaded before it can disturb it.
     """
     return {
-        "precision": trainer.precision,
+        "precision": trainer.precision_plugin,
         "progress": trainer.progress,
         "optimizer_states": Each("optimizers", trainer.optimizers),
         "lr_schedulers": Each("lr schedulers", [config.scheduler for config in trainer.lr_scheduler_configs]),

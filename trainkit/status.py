@@ -4,44 +4,81 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from trainkit.loggers.base import FileLogger, run_directory
+from trainkit.loops import EvaluationLoop, FitLoop
+from trainkit.stages import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.optim import Optimizer
 
+    from trainkit.accelerators import Accelerator
     from trainkit.callback import Callback
     from trainkit.callbacks import ProgressBar
+    from trainkit.checkpoint.io import CheckpointIO
     from trainkit.data.sources import Clock, Sources
+    from trainkit.hooks import Hooks
     from trainkit.loggers import Logger
     from trainkit.metrics import Metrics
     from trainkit.module import Module
+    from trainkit.optim import Schedules
     from trainkit.precision import Precision
     from trainkit.signals import Interruption
+    from trainkit.stages import TrainerState
     from trainkit.state import Progress
     from trainkit.strategies import Strategy
+    from trainkit.trainer import Trainer
+    from trainkit.update import Update
 
 
 class Status:
     """The read-only side of a Trainer, under Lightning's names. No property communicates between processes."""
 
     module: Module
+    hooks: Hooks
+    schedules: Schedules
+    update: Update
     progress: Progress
     metrics: Metrics
     sources: Sources
     interruption: Interruption
     callbacks: list[Callback]
     loggers: list[Logger]
-    precision: Precision
+    accelerator: Accelerator
+    precision_plugin: Precision
     strategy: Strategy
+    checkpoint_io: CheckpointIO
+    profiler: Any
+    optimizers: list[Optimizer]
+    state: TrainerState
     default_root_dir: str
-    num_sanity_val_steps: int
-    stage: str | None
-    sanity_checking: bool
+    fast_dev_run: int | bool
+    barebones: bool
+    num_nodes: int
+    num_sanity_val_steps: int | float
+    log_every_n_steps: int
+    limit_train_batches: int | float
+    limit_val_batches: int | float
+    limit_test_batches: int | float
+    limit_predict_batches: int | float
+    overfit_batches: int | float
+    reload_dataloaders_every_n_epochs: int
+    gradient_clip_val: int | float | None
+    gradient_clip_algorithm: str | None
+    deterministic: bool | str | None
+    benchmark: bool | None
+    inference_mode: bool
+    detect_anomaly: bool
+    sync_batchnorm: bool
+    use_distributed_sampler: bool
+    enable_autolog_hparams: bool
+    max_time: timedelta | None
     should_stop: bool
     is_last_batch: bool
     max_epochs: int | None
@@ -52,13 +89,20 @@ class Status:
     val_check_interval: float | timedelta
     check_val_every_n_epoch: int | None
     _since_validation: Clock
-    _inside_evaluation: bool
+    _given_ckpt_path: str | os.PathLike[str] | None
+    resume_path: str | None
 
     # ---- counters
     @property
     def current_epoch(self) -> int:
-        """The epoch that is running, from 0; one more after its end."""
-        return self.progress.epoch
+        """The epoch that is running, from 0; one more after its end, which a limit may bring about."""
+        cut_short = self.progress.batch > 0 and not self.fitting and not self.interrupted
+        return self.progress.epoch + cut_short
+
+    @property
+    def fitting(self) -> bool:
+        """Whether fit is running, sanity check and validation included."""
+        return self.state.fn is TrainerFn.FITTING and self.state.status is TrainerStatus.RUNNING
 
     @property
     def global_step(self) -> int:
@@ -117,35 +161,49 @@ class Status:
 
     # ---- stage
     @property
+    def stage(self) -> str | None:
+        """ "fit", "validate", "test" or "predict" while one of them runs, else None."""
+        return None if self.state.stage is None or self.state.fn is None else str(self.state.fn.value)
+
+    @property
     def training(self) -> bool:
         """Whether the run is in fit and not validating."""
-        return self.stage == "fit" and not self._inside_evaluation and not self.sanity_checking
+        return self.state.stage is RunningStage.TRAINING
 
     @property
     def validating(self) -> bool:
         """Whether the run is validating, inside fit or alone."""
-        inside_fit = self.stage == "fit" and self._inside_evaluation and not self.sanity_checking
-        return self.stage == "validate" or inside_fit
+        return self.state.stage is RunningStage.VALIDATING
 
     @property
     def testing(self) -> bool:
         """Whether the run is in test."""
-        return self.stage == "test"
+        return self.state.stage is RunningStage.TESTING
 
     @property
     def predicting(self) -> bool:
         """Whether the run is in predict."""
-        return self.stage == "predict"
+        return self.state.stage is RunningStage.PREDICTING
+
+    @property
+    def sanity_checking(self) -> bool:
+        """Whether the run tries its validation before training."""
+        return self.state.stage is RunningStage.SANITY_CHECKING
 
     @property
     def evaluating(self) -> bool:
         """Whether the run is validating or testing, a sanity check included."""
-        return self.validating or self.testing or self.sanity_checking
+        return self.state.stage is not None and self.state.stage.evaluating
 
     @property
     def interrupted(self) -> bool:
-        """Whether a signal asked this run to end."""
-        return self.interruption.signal is not None
+        """Whether a signal or an exception ended the last run, or is about to."""
+        return self.interruption.signal is not None or self.state.status is TrainerStatus.INTERRUPTED
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether SIGTERM asked this run to end."""
+        return self.interruption.signal == signal.SIGTERM
 
     # ---- metrics
     @property
@@ -177,8 +235,7 @@ class Status:
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
         """Validation batches of each loader that the sanity check tries."""
-        steps = math.inf if self.num_sanity_val_steps == -1 else self.num_sanity_val_steps
-        return [min(steps, number) for number in self.num_val_batches]
+        return [min(self.num_sanity_val_steps, number) for number in self.num_val_batches]
 
     @property
     def num_test_batches(self) -> list[int | float]:
@@ -213,18 +270,44 @@ class Status:
     @property
     def enable_validation(self) -> bool:
         """Whether fit validates."""
-        return bool(self.sources.loaders.get("val"))
+        return self.sources.defined("val")
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
+        """What a sampler needs to know to give each process its part; None with one process."""
+        return None
+
+    # ---- Lightning's loops
+    @property
+    def fit_loop(self) -> FitLoop:
+        """The limits and counters of fit, as Lightning code reads and sets them."""
+        return FitLoop(cast("Trainer", self))
+
+    @property
+    def validate_loop(self) -> EvaluationLoop:
+        """The limits of validate."""
+        return EvaluationLoop(cast("Trainer", self), "val")
+
+    @property
+    def test_loop(self) -> EvaluationLoop:
+        """The limits of test."""
+        return EvaluationLoop(cast("Trainer", self), "test")
+
+    @property
+    def predict_loop(self) -> EvaluationLoop:
+        """The limits of predict."""
+        return EvaluationLoop(cast("Trainer", self), "predict")
 
     # ---- components
     @property
-    def model(self) -> Module:
-        """The module, as Lightning calls it."""
-        return self.module
+    def model(self) -> Module | None:
+        """The module, as Lightning calls it; None before the first run."""
+        return getattr(self, "module", None)
 
     @property
-    def lightning_module(self) -> Module:
-        """The module, as Lightning calls it."""
-        return self.module
+    def lightning_module(self) -> Module | None:
+        """The module, as Lightning calls it; None before the first run."""
+        return getattr(self, "module", None)
 
     @property
     def logger(self) -> Logger | None:
@@ -262,9 +345,23 @@ class Status:
         return self.strategy.device
 
     @property
-    def precision_name(self) -> str:
+    def precision(self) -> str:
         """The precision as it is written: "32-true", "bf16-mixed", ..."""
-        return self.precision.name
+        return self.precision_plugin.precision
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler of float16, None elsewhere."""
+        return getattr(self.precision_plugin, "scaler", None)
+
+    @property
+    def ckpt_path(self) -> str | os.PathLike[str] | None:
+        """The checkpoint that this or the last run began from. Set, it is the `ckpt_path` of every later call."""
+        return self.resume_path or self._given_ckpt_path
+
+    @ckpt_path.setter
+    def ckpt_path(self, path: str | os.PathLike[str] | None) -> None:
+        self._given_ckpt_path = path
 
     @property
     def checkpoint_callback(self) -> Callback | None:
@@ -306,6 +403,26 @@ class Status:
     def global_rank(self) -> int:
         """The number of this process, from 0."""
         return self.strategy.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """The number of this process on its machine, from 0."""
+        return self.strategy.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """The number of this machine, from 0."""
+        return self.strategy.node_rank
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices the run uses on this machine."""
+        return 1
+
+    @property
+    def device_ids(self) -> list[int]:
+        """Which devices the run uses on this machine."""
+        return [self.device.index or 0]
 
     @property
     def world_size(self) -> int:

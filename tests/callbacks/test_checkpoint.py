@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from trainkit import Callback, Module, Trainer
 from trainkit.callbacks import EarlyStopping, ModelCheckpoint
 from trainkit.checkpoint import store
+from trainkit.checkpoint.io import CheckpointIO
 from trainkit.errors import CheckpointError, MisconfigurationException
 
 
@@ -412,7 +413,7 @@ def test_names_can_be_worked_out() -> None:
         ({"train_time_interval": "00:00:01:00", "every_n_train_steps": 5}, "takes one of"),
         ({"train_time_interval": "soon"}, "train_time_interval"),
         ({"filename": "{epoch"}, "can't be used: expected '}'"),
-        ({"filename": "a/{epoch}"}, "without directories"),
+        ({"filename": "../{epoch}"}, "below dirpath"),
         ({"dirpath": "s3://bucket/x"}, "local directories only"),
     ],
 )
@@ -477,11 +478,11 @@ def test_a_metric_that_only_training_logs_for_the_epoch_is_explained() -> None:
     assert checkpoint.best_model_score is not None
 
 
-def test_without_validation_a_missing_metric_is_an_error_after_the_first_epoch() -> None:
-    with pytest.raises(
-        MisconfigurationException, match=r"at the end of the epoch\. There is: train_loss\. This run does not"
-    ):
-        fit(Scripted(), ModelCheckpoint(monitor="val"), max_epochs=3, limit_val_batches=0)
+def test_without_validation_a_missing_metric_is_a_warning_after_the_first_epoch() -> None:
+    with pytest.warns(UserWarning, match=r"of the epoch\. There is: train_loss\. This run does not .* kept") as caught:
+        trainer = fit(Scripted(), ModelCheckpoint(monitor="val"), max_epochs=3, limit_val_batches=0)
+    assert len(caught) == 1
+    assert (trainer.current_epoch, saved()) == (3, [])
 
 
 def test_before_validation_has_run_a_missing_metric_is_waited_for() -> None:
@@ -648,7 +649,7 @@ def test_whoever_wants_nothing_saved_gets_nothing_saved() -> None:
     assert saved() == []
 
 
-def test_an_exception_saves_last_if_that_is_wanted() -> None:
+def test_an_exception_saves_what_there_is_if_that_is_wanted() -> None:
     def fail(trainer: Trainer) -> None:
         raise ValueError("broken")
 
@@ -657,7 +658,75 @@ def test_an_exception_saves_last_if_that_is_wanted() -> None:
     assert saved() == []
     with pytest.raises(ValueError, match="broken"):
         fit(Scripted(), At(3, fail), ModelCheckpoint(save_on_exception=True), max_epochs=1)
-    assert steps() == {"last.ckpt": 3}
+    assert steps() == {"epoch=0-step=3.ckpt": 3}
+    checkpoint = ModelCheckpoint("more", "{step}", save_on_exception=True, save_last=True, every_n_train_steps=2)
+    with pytest.raises(ValueError, match="broken"):
+        fit(Scripted(), At(3, fail), checkpoint, max_epochs=1)
+    assert steps("more") == {"step=2.ckpt": 2, "step=3.ckpt": 3, "last.ckpt": 3}
+    assert checkpoint.best_model_path.endswith("step=2.ckpt")
+    assert checkpoint.last_model_path.endswith("last.ckpt")
+
+
+def test_last_is_there_at_the_end_if_nothing_was_saved_before() -> None:
+    checkpoint = ModelCheckpoint(every_n_epochs=5, save_last=True)
+    fit(Scripted(), checkpoint, max_epochs=2)
+    assert steps() == {"last.ckpt": 8}
+    assert (checkpoint.best_model_path, os.path.basename(checkpoint.last_model_path)) == ("", "last.ckpt")
+    assert store.load(checkpoint.last_model_path)["optimizer_states"]
+
+
+def test_of_equal_ones_the_earliest_goes_first() -> None:
+    checkpoint = ModelCheckpoint(monitor="val", save_top_k=2, filename="{epoch}")
+    fit(Scripted([1.0, 1.0, 0.5]), checkpoint, max_epochs=3)
+    assert saved() == ["epoch=1.ckpt", "epoch=2.ckpt"]
+
+
+def test_the_score_and_the_worst_speak_of_what_is_kept() -> None:
+    checkpoint = ModelCheckpoint(monitor="val", save_top_k=-1)
+    fit(Scripted([1.0, 3.0, 2.0]), checkpoint, max_epochs=3)
+    assert os.path.basename(checkpoint.kth_best_model_path) == "epoch=1-step=8.ckpt"
+    assert (checkpoint.kth_value, checkpoint.current_score) == (3.0, 2.0)
+    checkpoint = ModelCheckpoint("best", monitor="val")
+    fit(Scripted([1.0, 3.0, 2.0]), checkpoint, max_epochs=3)
+    assert checkpoint.current_score == 1.0
+
+
+def test_a_slash_in_the_template_makes_directories_that_are_tidied_as_the_others() -> None:
+    checkpoint = ModelCheckpoint(monitor="val", filename="e{epoch}/{step}")
+    fit(Scripted([2.0, 1.0, 3.0]), checkpoint, max_epochs=3)
+    files = [str(path.relative_to("checkpoints")) for path in Path("checkpoints").rglob("*.ckpt")]
+    assert files == ["eepoch=1/step=8.ckpt"]
+    assert checkpoint.best_model_path == os.path.realpath("checkpoints/eepoch=1/step=8.ckpt")
+
+
+def test_files_are_removed_and_written_by_the_runs_checkpoint_io() -> None:
+    class Counting(CheckpointIO):
+        def __init__(self) -> None:
+            self.calls: list[str] = []
+
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            self.calls.append(f"save {os.path.basename(path)}")
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+        def remove_checkpoint(self, path: Any) -> None:
+            self.calls.append(f"remove {os.path.basename(path)}")
+            super().remove_checkpoint(path)
+
+    io = Counting()
+    fit(Scripted(), ModelCheckpoint(filename="{epoch}", save_last=True), max_epochs=2, plugins=[io])
+    assert io.calls == [
+        "save epoch=0.ckpt", "save last.ckpt", "save epoch=1.ckpt", "save last.ckpt", "remove epoch=0.ckpt"
+    ]  # fmt: skip
+    assert saved() == ["epoch=1.ckpt", "last.ckpt"]
+
+
+def test_names_are_made_with_the_characters_of_the_class() -> None:
+    class Other(ModelCheckpoint):
+        CHECKPOINT_JOIN_CHAR = "+"
+        CHECKPOINT_EQUALS_CHAR = ":"
+        FILE_EXTENSION = ".pt"
+
+    assert Other().format_checkpoint_name({"epoch": 1, "step": 2}, ver=3, prefix="mine") == "mine+epoch:1+step:2+v3.pt"
 
 
 # ---- what it costs
@@ -689,6 +758,7 @@ from torch.utils.data import DataLoader
 from trainkit import Callback, Module, Trainer
 from trainkit.callbacks import EarlyStopping, ModelCheckpoint
 from trainkit.checkpoint import store
+from trainkit.checkpoint.io import CheckpointIO
 
 torch.set_num_threads(1)
 warnings.simplefilter("error")

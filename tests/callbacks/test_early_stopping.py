@@ -67,10 +67,11 @@ def fit(module: Module, *callbacks: Callback, ckpt_path: Any = None, **settings:
         ([1, 2, 3, 2, 3], {"mode": "max", "patience": 2}, 5, "PATIENCE_EXHAUSTED", 2, 3),
         ([5, 4.9, 4.8, 4.7], {"min_delta": 0.5}, 4, "PATIENCE_EXHAUSTED", 3, 5),
         ([5, 4, 3], {"min_delta": 0.5, "max_epochs": 3}, 3, "NOT_STOPPED", 0, 3),
-        ([5, 0.5], {"stopping_threshold": 1.0}, 2, "STOPPING_THRESHOLD", 0, 0.5),
-        ([0.1, 0.99], {"mode": "max", "stopping_threshold": 0.98}, 2, "STOPPING_THRESHOLD", 0, 0.99),
-        ([5, 101], {"divergence_threshold": 100.0}, 2, "DIVERGENCE_THRESHOLD", 1, 5),
-        ([0.5, 0.05], {"mode": "max", "divergence_threshold": 0.1}, 2, "DIVERGENCE_THRESHOLD", 1, 0.5),
+        ([5, 5.4, 6.2, 6], {"min_delta": -0.5, "patience": 2}, 4, "PATIENCE_EXHAUSTED", 2, 5.4),
+        ([5, 0.5], {"stopping_threshold": 1.0}, 2, "STOPPING_THRESHOLD", 0, 5),
+        ([0.1, 0.99], {"mode": "max", "stopping_threshold": 0.98}, 2, "STOPPING_THRESHOLD", 0, 0.1),
+        ([5, 101], {"divergence_threshold": 100.0}, 2, "DIVERGENCE_THRESHOLD", 0, 5),
+        ([0.5, 0.05], {"mode": "max", "divergence_threshold": 0.1}, 2, "DIVERGENCE_THRESHOLD", 0, 0.5),
         ([2, math.nan], {}, 2, "NON_FINITE_METRIC", 0, 2),
         ([2, math.inf], {"mode": "max"}, 2, "NON_FINITE_METRIC", 0, 2),
         ([2, math.nan, 1, 3, 3, 3], {"check_finite": False}, 6, "PATIENCE_EXHAUSTED", 3, 1),
@@ -174,7 +175,7 @@ def test_a_missing_metric_is_an_error_that_says_what_there_is() -> None:
 
 
 def test_a_missing_metric_is_a_warning_if_one_is_not_strict() -> None:
-    with pytest.warns(UserWarning, match="there is no such metric") as caught:
+    with pytest.warns(RuntimeWarning, match="there is no such metric") as caught:
         trainer = fit(Scripted([1.0]), EarlyStopping("vall", strict=False), max_epochs=3)
     assert len(caught) == 1
     assert trainer.current_epoch == 3

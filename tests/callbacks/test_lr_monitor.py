@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, StepLR
 
 from trainkit import Module, Trainer
-from trainkit.callbacks import LearningRateMonitor
+from trainkit.callbacks import BaseFinetuning, LearningRateMonitor
 from trainkit.errors import MisconfigurationException
 from trainkit.loggers import CSVLogger
 
@@ -44,9 +44,11 @@ class Several(Tiny):
             optimizer.step()
 
 
-def fit(monitor: LearningRateMonitor, configure: Configure, module: type[Tiny] = Tiny, **settings: Any) -> Trainer:
+def fit(
+    monitor: LearningRateMonitor, configure: Configure, module: type[Tiny] = Tiny, before: Any = (), **settings: Any
+) -> Trainer:
     trainer = Trainer(
-        callbacks=[monitor],
+        callbacks=[*before, monitor],
         logger=CSVLogger("logs"),
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -138,6 +140,42 @@ def test_parameter_groups_are_numbered_from_1_or_go_by_their_names() -> None:
     monitor = LearningRateMonitor("epoch")
     fit(monitor, configure, max_epochs=1)
     assert monitor.lrs == {"lr-Adam/body": [0.1], "lr-Adam/pg2": [0.2]}
+
+
+def test_a_group_that_is_added_in_training_is_followed_from_then_on() -> None:
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.body)
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.body, optimizer)
+
+    monitor = LearningRateMonitor("epoch", log_momentum=True)
+    trainer = fit(monitor, lambda module: SGD(module.head.parameters(), 0.1), before=[Unfreeze()], max_epochs=3)
+    assert monitor.lrs == {"lr-SGD/pg1": [0.1, 0.1, 0.1], "lr-SGD/pg2": [0.01, 0.01]}
+    assert {"lr-SGD/pg1", "lr-SGD/pg2-momentum"} <= trainer.callback_metrics.keys()
+
+
+def test_a_group_whose_name_is_anothers_number_is_an_error() -> None:
+    def configure(module: Tiny) -> Any:
+        return Adam([{"params": module.body.parameters(), "name": "pg2"}, {"params": module.head.parameters()}], 0.1)
+
+    with pytest.raises(MisconfigurationException, match="'pg2'"):
+        fit(LearningRateMonitor(), configure)
+
+
+def test_an_optimizer_without_momentum_has_none() -> None:
+    monitor = LearningRateMonitor("epoch", log_momentum=True)
+    fit(monitor, lambda module: torch.optim.Adagrad(module.parameters(), 0.1))
+    assert monitor.last_momentum_values == {"lr-Adagrad-momentum": 0.0}
+
+
+def test_what_is_not_asked_for_stays_none() -> None:
+    monitor = LearningRateMonitor()
+    fit(monitor, one_adam)
+    assert monitor.last_momentum_values == {"lr-Adam-momentum": None}
+    assert monitor.last_weight_decay_values == {"lr-Adam-weight_decay": None}
 
 
 def test_the_name_of_a_scheduler_configuration_is_used() -> None:

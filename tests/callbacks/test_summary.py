@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from trainkit import Module, Trainer
-from trainkit.callbacks import ModelSummary
-from trainkit.callbacks.summary import summarize
+from trainkit.callbacks import ModelSummary, RichModelSummary
+from trainkit.summary import summarize
 
 
 class Net(Module):
@@ -35,84 +35,6 @@ def fit(*callbacks: ModelSummary, times: int = 1, **settings: Any) -> None:
         trainer.fit(net, torch.utils.data.DataLoader(torch.ones(4, 1, 4, 4), batch_size=2))
 
 
-def test_the_table_lists_layers_parameters_modes_and_totals() -> None:
-    net = Net()
-    net.head.eval()
-    assert str(summarize(net)) == (
-        "layer      type        parameters  mode\n"
-        "features   Sequential          48  train\n"
-        "head       Linear              10  eval\n"
-        "(its own)                       1\n"
-        "total                          59  under 0.01 MB\n"
-        "all trainable"
-    )
-
-
-def test_deeper_layers_are_indented() -> None:
-    assert str(summarize(Net(), max_depth=-1)) == (
-        "layer      type         parameters  mode\n"
-        "features   Sequential           48  train\n"
-        "  0        Conv2d               40  train\n"
-        "  1        ReLU                  0  train\n"
-        "  2        Sequential            8  train\n"
-        "    0      BatchNorm2d           8  train\n"
-        "head       Linear               10  train\n"
-        "(its own)                        1\n"
-        "total                           59  under 0.01 MB\n"
-        "all trainable"
-    )
-    assert [layer.name for layer in summarize(Net(), max_depth=2).layers] == [
-        "features", "features.0", "features.1", "features.2", "head", "(its own)",
-    ]  # fmt: skip
-
-
-def test_frozen_parameters_are_told_apart_in_the_totals() -> None:
-    net = Net()
-    net.head.requires_grad_(False)
-    summary = summarize(net)
-    assert (summary.total_parameters, summary.trainable_parameters, summary.non_trainable_parameters) == (59, 49, 10)
-    assert "49 trainable, 10 non-trainable" in str(summary)
-    assert "none trainable" in str(summarize(net.head))
-
-
-def test_shared_parameters_count_once_in_the_totals() -> None:
-    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
-    second.weight = first.weight
-    summary = summarize(nn.Sequential(first, second))
-    assert [layer.parameters for layer in summary.layers] == [72, 72]
-    assert summary.total_parameters == 80
-
-
-def test_lazy_layers_are_listed_without_a_count() -> None:
-    summary = summarize(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3)))
-    assert summary.total_parameters == 12
-    assert "not known yet" in str(summary)
-    assert str(summary).endswith("lazy layers get their parameters, and count, with the first batch")
-
-
-def test_the_size_is_in_megabytes_of_the_parameters_own_precision() -> None:
-    assert summarize(nn.Linear(1000, 1000, bias=False)).megabytes == 4.0
-    assert "4.0 MB" in str(summarize(nn.Linear(1000, 1000, bias=False)))
-    assert summarize(nn.Linear(1000, 1000, bias=False).half()).megabytes == 2.0
-
-
-def test_long_names_keep_the_table_within_80_columns() -> None:
-    class LayerWithAVeryLongNameThatNobodyWouldType(nn.Linear):
-        pass
-
-    net = nn.Module()
-    net.add_module("an_extraordinarily_long_name_for_a_layer", LayerWithAVeryLongNameThatNobodyWouldType(1000, 1000))
-    assert max(map(len, str(summarize(net)).splitlines())) <= 80
-
-
-@pytest.mark.parametrize("depth", [-2, 1.5, True, "1"])
-def test_a_depth_that_means_nothing_is_an_error_at_construction(depth: Any) -> None:
-    with pytest.raises(ValueError, match="max_depth must be -1"):
-        ModelSummary(depth)
-    with pytest.raises(ValueError, match="max_depth must be -1"):
-        summarize(nn.Linear(1, 1), depth)
-
-
 def test_the_trainer_prints_it_before_training(capsys: pytest.CaptureFixture[str]) -> None:
     fit()
     assert capsys.readouterr().out == str(summarize(Net())) + "\n"
@@ -134,3 +56,45 @@ def test_outside_of_a_terminal_it_is_plain_ascii(capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     assert text.isascii()
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("depth", [-2, 1.5, True, "1"])
+def test_a_depth_that_means_nothing_is_an_error_at_construction(depth: Any) -> None:
+    for kind in (ModelSummary, RichModelSummary):
+        with pytest.raises(ValueError, match="max_depth must be -1"):
+            kind(depth)
+
+
+def test_summarize_can_be_overridden_and_prints_by_itself_or_returns_what_to_print(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Mine(ModelSummary):
+        @staticmethod
+        def summarize(
+            summary_data: Any, total_parameters: int, trainable_parameters: int, model_size: float,
+            total_training_modes: Any, **summarize_kwargs: Any,
+        ) -> Any:  # fmt: skip
+            assert [title for title, _ in summary_data] == [" ", "Name", "Type", "Params", "Mode"]
+            assert summary_data[1][1] == ["features", "head", "(its own)"]
+            assert (total_parameters, trainable_parameters) == (59, 59)
+            assert total_training_modes == {"train": 6, "eval": 0}
+            assert summarize_kwargs == {"total_flops": 0, "colour": "blue"}
+            print("printed by itself")
+            return f"{model_size * 1e6:.0f} bytes"
+
+    fit(Mine(colour="blue"))
+    assert capsys.readouterr().out == "printed by itself\n236 bytes\n"
+
+
+def test_rich_draws_lines_around_it_and_outside_of_a_terminal_no_colours(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(RichModelSummary(max_depth=2))
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    assert "\u2502 0 \u2502 features   \u2502 Sequential \u2502     48 \u2502 train \u2502" in text
+    assert text.endswith("59 parameters, under 0.01 MB\nall trainable\n")
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_rich_summary_takes_the_place_of_the_default_one(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(logger=False, callbacks=RichModelSummary(), enable_checkpointing=False)
+    assert [type(c) for c in trainer.callbacks if isinstance(c, ModelSummary)] == [RichModelSummary]

@@ -67,7 +67,7 @@ def test_an_unknown_interval_is_an_error_at_construction() -> None:
 
 
 def test_an_unknown_stage_is_an_error_that_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match='"train", "validate" and "test"'):
+    with pytest.raises(ValueError, match="train, sanity_check, validate, test, predict"):
         Timer().time_elapsed("training")
 
 

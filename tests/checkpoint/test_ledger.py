@@ -25,6 +25,8 @@ def test_the_files_kept_are_described_with_the_best_and_the_worst_of_them() -> N
     assert (attributes["kth_best_model_path"], attributes["kth_value"]) == ("c", math.inf)
     assert described(saved, scores, 3, "max")["kth_value"] == -math.inf
     assert "kth_value" not in described(saved, scores, 4, "min")
+    assert described(saved, scores, -1, "min")["kth_best_model_path"] == "c"
+    assert "kth_value" not in described([], {}, -1, "min")
 
 
 @given(there=st.sets(st.integers(0, 5)), taken=st.sets(st.integers(0, 5)), overwrite=st.booleans())
@@ -35,7 +37,9 @@ def test_a_new_file_never_takes_the_place_of_one_that_is_not_to_be_replaced(
     paths = [str(directory / f"x-v{number}") for number in range(20)]
     for number in there:
         Path(paths[number]).touch()
-    found = free_path(lambda version: paths[version or 0], {paths[n] for n in taken}, {paths[3]}, overwrite, 1)
+    found = free_path(
+        lambda version: paths[version or 0], os.path.exists, {paths[n] for n in taken}, {paths[3]}, overwrite, 1
+    )
     free = [n for n in range(20) if n not in taken and (overwrite or n == 3 or n not in there)]
     assert found == paths[min(free)]
 

@@ -339,7 +339,7 @@ def test_a_log_interval_longer_than_an_epoch_is_a_warning_where_somebody_logs() 
     with pytest.warns(UserWarning, match="more than the 2 updates"):
         trainer_of(logger=Nowhere(), log_every_n_steps=3, accumulate_grad_batches=2).fit(Line(), loader())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message="log_every_n_steps")
         trainer_of(logger=Nowhere(), log_every_n_steps=4).fit(Line(), loader())
         trainer_of(logger=Nowhere(), log_every_n_steps=0).fit(Line(), loader())
         trainer_of().fit(Line(), loader())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping
 from typing import Any
@@ -31,9 +32,16 @@ def fill(template: str, metrics: Mapping[str, Any], insert_names: bool = True, e
         name += text
         if key is not None:
             value = metrics.get(key, 0)
-            number = int(value) if key in COUNTERS else float(value)
-            name += (key.replace("/", "_") + equals if insert_names else "") + format(number, spec)
+            value = value.item() if hasattr(value, "item") else value
+            name += (key.replace("/", "_") + equals if insert_names else "") + _formatted(value, spec, key in COUNTERS)
     return name
+
+
+def _formatted(value: Any, spec: str, whole: bool) -> str:
+    """Write a value; where a format is for whole numbers, what is behind the point is dropped."""
+    if isinstance(value, float) and (whole or spec[-1:] in tuple("bdoxX")):
+        return format(int(value), spec) if math.isfinite(value) else str(value)
+    return format(value, spec)
 
 
 def names_in(template: str) -> set[str]:
@@ -42,23 +50,26 @@ def names_in(template: str) -> set[str]:
 
 
 def check_template(template: Any, argument: str = "the template") -> None:
-    """Refuse a template that would not become a plain file name.
+    """Refuse a template that would not become a file name.
 
     Args:
         template: what was given.
         argument: what the user calls it; errors begin with it.
 
     Raises:
-        MisconfigurationException: it is not a string, has a directory in it, braces that do not match, something else
-            than names in them, or a format that numbers do not have.
+        MisconfigurationException: it is not a string, leads out of the directory, has braces that do not match,
+            something else than names in them, or a format that numbers do not have.
     """
     if not isinstance(template, str):
         raise _refusal(argument, template, "it must be a string")
+    folders, _, last = template.rpartition("/")
+    if template.startswith("/") or ".." in folders.split("/") or (folders and not last):
+        raise _refusal(argument, template, "it is the name of a file below dirpath")
     for text, key, spec in _parts(template, argument):
-        if "/" in text or "\0" in text:
-            raise _refusal(argument, template, "it is the name of a file, without directories; those go into dirpath")
+        if "\0" in text:
+            raise _refusal(argument, template, "a file name has no zero byte")
         try:
-            format(0 if key in COUNTERS else 0.5, spec)
+            _formatted(0.5, spec, key in COUNTERS)
         except ValueError as error:
             raise _refusal(argument, template, f"{key!r} can't be written with the format {spec!r}: {error}") from None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 Event = Literal["batch", "validation", "epoch"]
@@ -60,32 +61,56 @@ def never(moment: Moment) -> bool:
 
 def after(event: Event) -> When:
     """Save at the end of each batch, validation or epoch; put a rhythm beside it with `all_of`."""
-    return lambda moment: moment.event == event
+    return partial(_after, event)
 
 
 def every_n_steps(n: int) -> When:
     """Save after every n-th update; 0 is never."""
-    return lambda moment: n > 0 and moment.event == "batch" and moment.step > 0 and moment.step % n == 0
+    return partial(_every_n_steps, n)
 
 
 def every_n_epochs(n: int) -> When:
     """Save in every n-th epoch; 0 is never."""
-    return lambda moment: n > 0 and (moment.epoch + 1) % n == 0
+    return partial(_every_n_epochs, n)
 
 
 def every_seconds(seconds: float) -> When:
     """Save after the first batch that ends that long after the last save."""
-    return lambda moment: moment.event == "batch" and moment.seconds >= seconds
+    return partial(_every_seconds, seconds)
 
 
 def any_of(*policies: When) -> When:
     """Save when one of the policies says so."""
-    return lambda moment: any(policy(moment) for policy in policies)
+    return partial(_any_of, policies)
 
 
 def all_of(*policies: When) -> When:
     """Save when all policies say so."""
-    return lambda moment: all(policy(moment) for policy in policies)
+    return partial(_all_of, policies)
+
+
+def _after(event: Event, moment: Moment) -> bool:  # functions of this module can be pickled, those inside others not
+    return moment.event == event
+
+
+def _every_n_steps(n: int, moment: Moment) -> bool:
+    return n > 0 and moment.event == "batch" and moment.step > 0 and moment.step % n == 0
+
+
+def _every_n_epochs(n: int, moment: Moment) -> bool:
+    return n > 0 and (moment.epoch + 1) % n == 0
+
+
+def _every_seconds(seconds: float, moment: Moment) -> bool:
+    return moment.event == "batch" and moment.seconds >= seconds
+
+
+def _any_of(policies: tuple[When, ...], moment: Moment) -> bool:
+    return any(policy(moment) for policy in policies)
+
+
+def _all_of(policies: tuple[When, ...], moment: Moment) -> bool:
+    return all(policy(moment) for policy in policies)
 
 
 # ---------------------------------------------------------------------- what to keep
@@ -96,27 +121,35 @@ def keep_all(saved: Sequence[Saved]) -> Sequence[Saved]:
 
 def keep_last(k: int) -> Keep:
     """Keep the k newest."""
-    return lambda saved: saved[max(0, len(saved) - k) :]
+    return partial(_last, k)
 
 
 def keep_best(k: int, mode: str) -> Keep:
-    """Keep the k best scores; of equal ones the earliest, and anything before a score that is not finite."""
+    """Keep the k best scores, and anything before one that is not finite.
 
-    def best(saved: Sequence[Saved]) -> Sequence[Saved]:
-        ranked = sorted(range(len(saved)), key=lambda index: (rank(saved[index].score, mode), index))
-        return [saved[index] for index in sorted(ranked[:k])]
-
-    return best
+    A new one has to be better than the worst, and of equal ones the earliest goes first.
+    """
+    return partial(_best, k, mode)
 
 
 def keep_any(*policies: Keep) -> Keep:
     """Keep what one of the policies keeps."""
+    return partial(_any, policies)
 
-    def kept(saved: Sequence[Saved]) -> Sequence[Saved]:
-        wanted = {one.path for policy in policies for one in policy(saved)}
-        return [one for one in saved if one.path in wanted]
 
-    return kept
+def _last(k: int, saved: Sequence[Saved]) -> Sequence[Saved]:
+    return saved[max(0, len(saved) - k) :]
+
+
+def _best(k: int, mode: str, saved: Sequence[Saved]) -> Sequence[Saved]:
+    new = len(saved) - 1
+    ranked = sorted(range(len(saved)), key=lambda index: (rank(saved[index].score, mode), index == new, -index))
+    return [saved[index] for index in sorted(ranked[:k])]
+
+
+def _any(policies: tuple[Keep, ...], saved: Sequence[Saved]) -> Sequence[Saved]:
+    wanted = {one.path for policy in policies for one in policy(saved)}
+    return [one for one in saved if one.path in wanted]
 
 
 def rank(score: float | None, mode: str) -> float:

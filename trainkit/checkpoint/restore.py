@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from trainkit.checkpoint import store
-from trainkit.errors import CheckpointError, warn
+from trainkit.errors import CheckpointError, NoCheckpointError, warn
+from trainkit.hooks import is_overridden
 from trainkit.hparams import AttributeDict, plain_hparams
 from trainkit.loggers.base import runs_directory
+from trainkit.stages import TrainerFn
 from trainkit.state import ByKey, resume_state
 
 if TYPE_CHECKING:
@@ -31,7 +34,8 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     module, datamodule, progress = trainer.module, trainer.datamodule, trainer.progress
     between_epochs = progress.batch == 0 and progress.epoch > 0
     checkpoint: dict[str, Any] = {
-        "epoch": progress.epoch - between_epochs,  # the epoch that the last finished batch belongs to
+        # while fit runs the epoch that the last finished batch belongs to, afterwards how many there were
+        "epoch": progress.epoch - between_epochs if trainer.fitting else trainer.current_epoch,
         "global_step": progress.step,
         "trainkit_version": __version__,
         "state_dict": module.state_dict(),
@@ -55,14 +59,25 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
 
 
 def restore_weights(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
-    """Load the weights and give hooks, data module and callbacks their part, before the module goes to its device."""
+    """Load the weights and give hooks, data module and callbacks their part, before the module goes to its device.
+
+    Callbacks have their state back from here on: one that changes optimizers does so before their state is loaded.
+    """
     module, datamodule = trainer.module, trainer.datamodule
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    if fitting and "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            f"{path} has only weights (optimizer_states missing): a run can't be resumed from it. "
+            f"Start a new run from its weights: {type(module).__name__}.load_from_checkpoint({str(path)!r})."
+        )
     module.on_load_checkpoint(checkpoint)
     load_weights(module, checkpoint, path, module.strict_loading)
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
-    for callback in trainer.callbacks:
-        callback.on_load_checkpoint(trainer, module, checkpoint)
+    if fitting:
+        for callback in trainer.callbacks:
+            callback.on_load_checkpoint(trainer, module, checkpoint)
+        ByKey(trainer.callbacks).load_state_dict(checkpoint.get("callbacks", {}))
 
 
 def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
@@ -70,12 +85,8 @@ def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> Non
     parts = resume_state(trainer)
     missing = [key for key in parts if key not in checkpoint]
     if missing:
-        raise CheckpointError(
-            f"{path} has only weights ({', '.join(missing)} missing): a run can't be resumed from it. "
-            f"Start a new run from its weights: {type(trainer.module).__name__}.load_from_checkpoint({str(path)!r})."
-        )
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}: a run can't be resumed from it.")
     _check_optimizers(trainer.optimizers, checkpoint["optimizer_states"], path)
-    ByKey(trainer.callbacks).load_state_dict(checkpoint["callbacks"])
     for key, part in parts.items():
         try:
             part.load_state_dict(checkpoint[key])
@@ -171,6 +182,8 @@ def rebuild(
             "load_from_checkpoint, or call self.save_hyperparameters() in __init__ before training."
         )
     module = cls(**arguments)
+    if is_overridden(module, "configure_model"):
+        module.configure_model()
     module.on_load_checkpoint(checkpoint)
     load_weights(module, checkpoint, path, module.strict_loading if strict is None else strict)
     if map_location is not None and not callable(map_location) and not isinstance(map_location, Mapping):
@@ -195,18 +208,23 @@ def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str)
         CheckpointError: there is no such checkpoint.
     """
     if ckpt_path is None:
-        return None
+        if stage != "fit" or not _rescued(trainer):
+            return None
+        ckpt_path = "last"  # an earlier fit was cut short, and a callback has what there was
     if str(ckpt_path) == "last":
         path = find_last(trainer)
         if path is None and stage != "fit":
-            raise CheckpointError("ckpt_path='last': there is no checkpoint yet. Train first, or name a file.")
+            raise NoCheckpointError("ckpt_path='last': there is no checkpoint yet. Train first, or name a file.")
         if path is None:
             warn("ckpt_path='last': there is no checkpoint yet, the run starts from zero.")
         return path
     if str(ckpt_path) == "best":
+        callbacks = trainer.checkpoint_callbacks
+        if len(callbacks) > 1:
+            warn(f"ckpt_path='best' means the best one of the first of {len(callbacks)} checkpoint callbacks.")
         best = getattr(trainer.checkpoint_callback, "best_model_path", "") or _best_of_newest_run(trainer)
         if not best:
-            raise CheckpointError(
+            raise NoCheckpointError(
                 "ckpt_path='best': this Trainer has not saved a best checkpoint, and neither has the newest run. "
                 "Name a file, or use 'last'."
             )
@@ -251,8 +269,12 @@ def find_last(trainer: Trainer) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, but none can be read.
     """
-    own = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    own = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks if not hasattr(c, "ckpt_path")]
     folders = [Path(folder) for folder in own if folder]
+    rescued = _rescued(trainer)
+    if rescued:
+        ours = [store.newest(folder) for folder in folders if any(folder.glob("*.ckpt"))]
+        return max([*rescued, *(path for path in ours if path)], key=store.step_of)
     if not folders and trainer.logger is not None:
         root = Path(runs_directory(trainer.logger, trainer.default_root_dir))
         runs = [run for run in root.iterdir() if run.is_dir()] if root.is_dir() else []
@@ -264,6 +286,12 @@ def find_last(trainer: Trainer) -> Path | None:
             continue
         return store.newest(folder)
     return None
+
+
+def _rescued(trainer: Trainer) -> list[Path]:
+    """Return what exists of callbacks with one file of a known name, such as OnExceptionCheckpoint."""
+    named = [getattr(callback, "ckpt_path", None) for callback in trainer.checkpoint_callbacks]
+    return [Path(path) for path in named if path and os.path.exists(path)]
 
 
 def _run_number(run: Path) -> tuple[int, str]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from trainkit.checkpoint import format
-from trainkit.errors import CheckpointError
+from trainkit.errors import CheckpointError, NoCheckpointError
 
 EXTENSION = ".ckpt"
 TEMPORARY = ".trainkit-"
@@ -180,7 +180,7 @@ def load(path: StrPath) -> dict[str, Any]:
     try:
         return format.read(name)
     except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint {name}: {_nearest(name)}") from error
+        raise NoCheckpointError(f"there is no checkpoint {name}: {_nearest(name)}") from error
     except IsADirectoryError as error:
         inside = [entry for entry in _names(name) if entry.endswith(EXTENSION)]
         what = f"it holds {', '.join(inside)}; name one of them" if inside else f"there is no {EXTENSION} file in it"

@@ -40,6 +40,21 @@ class Sources:
         """The training loader."""
         return self.loaders["train"][0]
 
+    def defined(self, kind: str) -> bool:
+        """Whether there will be batches of "val", "test" or "predict": loaders, a step, and a limit above 0."""
+        trainer = self.trainer
+        limit = trainer.overfit_batches if kind == "val" and trainer.overfit_batches else None
+        limit = getattr(trainer, f"limit_{kind}_batches") if limit is None else limit
+        module = trainer.model
+        if limit == 0 or module is None or not is_overridden(module, STEP[kind]):
+            return False
+        return self.has_loader(kind) and self.loaders.get(kind) != []  # asked for, and there was none
+
+    def has_loader(self, kind: str) -> bool:
+        """Whether a loader was given, or there is a method that makes one."""
+        owners = [owner for owner in (self.trainer.datamodule, self.trainer.model) if owner is not None]
+        return self.given.get(kind) is not None or any(is_overridden(owner, f"{kind}_dataloader") for owner in owners)
+
     def num_batches(self, kind: str) -> list[int | float]:
         """Return the number of batches of each loader of a kind."""
         return [loader.num_batches for loader in self.loaders.get(kind, [])]
@@ -101,6 +116,7 @@ class Sources:
         if optional and (limit == 0 or not is_overridden(trainer.module, STEP[kind])):
             if limit != 0 and self.given.get(kind) is not None:
                 warn(f"there are validation loaders but no {STEP[kind]}: validation is left out.")
+            self.loaders[kind] = []
             return
         source = self._object(kind)
         sources = list(source.values()) if isinstance(source, Mapping) else source

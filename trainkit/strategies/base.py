@@ -21,6 +21,8 @@ class Strategy:
 
     world_size = 1
     global_rank = 0
+    local_rank = 0
+    node_rank = 0
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -44,8 +46,18 @@ class Strategy:
 
         return map_tensors(move, batch)
 
-    def clip_gradients(self, parameters: Iterable[Tensor], limit: float, algorithm: str) -> None:
-        """Clip gradients in place: their common norm ("norm") or each element ("value")."""
+    @property
+    def root_device(self) -> torch.device:
+        """Where this process's module and batches live, as Lightning calls it."""
+        return self.device
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.global_rank == 0
+
+    def clip_gradients(self, parameters: Iterable[Tensor], limit: float, algorithm: str | None) -> None:
+        """Clip gradients in place: their common norm ("norm", or None) or each element ("value")."""
         if algorithm == "value":
             nn.utils.clip_grad_value_(parameters, limit)
         else:
@@ -58,6 +70,29 @@ class Strategy:
                 for name, value in state.items():
                     if isinstance(value, Tensor) and name != "step" and value.device != parameter.device:
                         state[name] = value.to(parameter.device)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Give up what would keep other processes waiting, when a run fails."""
+
+    # ---- between processes; one process is all of them
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all processes."""
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """Return the value that one process has."""
+        return value
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Return every process's tensors, stacked in a new first dimension; of one process, its own."""
+        return data
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: str | None = "mean") -> Any:
+        """Return the mean (or sum) of every process's tensor."""
+        return tensor
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Return whether all processes, or any of them, say so."""
+        return decision
 
     def teardown(self, module: nn.Module) -> None:
         """Give an accelerator's memory back: the module returns to the host."""

@@ -1,0 +1,188 @@
+"""A run: everything between the call of fit, validate, test or predict and its end, around the loops.
+
+running      set up in Lightning's order, hand over, tear down whatever happens
+  attach       who takes part: module, data module, callbacks, the table of hooks
+  start        data, checkpoint, setup hooks, the model on its device, optimizers
+  tear_down    everything that the run made is given back
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainkit import components
+from trainkit.checkpoint import restore
+from trainkit.data.sources import Sources
+from trainkit.data.transfer import transfer_of
+from trainkit.datamodule import DataModule
+from trainkit.errors import MisconfigurationException
+from trainkit.hooks import Hooks, is_overridden
+from trainkit.hparams import merged_hparams
+from trainkit.metrics import Metrics
+from trainkit.module import Module
+from trainkit.optim import Schedules, configure
+from trainkit.signals import Interrupted
+from trainkit.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from trainkit.update import StepOptimizer, Update
+
+if TYPE_CHECKING:
+    from trainkit.trainer import Trainer
+
+LOOP = {
+    TrainerFn.FITTING: RunningStage.TRAINING,
+    TrainerFn.VALIDATING: RunningStage.VALIDATING,
+    TrainerFn.TESTING: RunningStage.TESTING,
+    TrainerFn.PREDICTING: RunningStage.PREDICTING,
+}
+
+
+@contextmanager
+def running(
+    trainer: Trainer,
+    fn: TrainerFn,
+    model: Module | None,
+    datamodule: DataModule | None,
+    ckpt_path: str | PathLike[str] | None,
+    sources: Mapping[str, Any],
+) -> Iterator[None]:
+    """Set a run up, and tear it down whatever happens in between."""
+    attach(trainer, fn, model, datamodule, dict(sources))
+    if fn == TrainerFn.FITTING:
+        components.check_can_train(trainer)
+    data = [trainer.datamodule] if trainer.datamodule is not None else []
+    status = "failed"
+    try:
+        start(trainer, fn, data, ckpt_path)
+        yield
+        trainer.strategy.teardown(trainer.module)
+        if fn == TrainerFn.FITTING:
+            trainer.hooks.on_fit_end()
+        status = "success"
+        trainer.state.status = TrainerStatus.FINISHED
+    except BaseException as error:
+        interrupted = trainer.interruption.signal is not None or isinstance(error, KeyboardInterrupt)
+        status = "interrupted" if interrupted else "failed"
+        trainer.state.status = TrainerStatus.INTERRUPTED
+        trainer.strategy.on_exception(error)
+        trainer.hooks.on_exception(error)
+        for part in data:
+            part.on_exception(error)
+        trainer.strategy.teardown(trainer.module)
+        if type(error) is KeyboardInterrupt and trainer.interruption.signal is None:
+            raise Interrupted(130) from error  # raised by the user's code: it ends a script as the first Ctrl-C does
+        raise
+    finally:
+        tear_down(trainer, fn, data, status)
+
+
+def attach(
+    trainer: Trainer, fn: TrainerFn, model: Module | None, datamodule: DataModule | None, sources: dict[str, Any]
+) -> None:
+    """Check what the run is called with, and make its table of hooks."""
+    stage = str(fn.value)
+    module = components.module_of(getattr(trainer, "module", None) if model is None else model, stage)
+    first = next(iter(sources))
+    if isinstance(sources[first], DataModule):
+        if datamodule is not None:
+            raise MisconfigurationException(f"{stage} received two data modules; give one.")
+        sources[first], datamodule = None, sources[first]
+    if datamodule is not None and not isinstance(datamodule, DataModule):
+        raise TypeError(f"datamodule must be a trainkit.DataModule. Received: {type(datamodule).__name__}.")
+    given = [name for name, source in sources.items() if source is not None]
+    if datamodule is not None and given:
+        raise MisconfigurationException(
+            f"{stage} received loaders ({', '.join(given)}) and a datamodule, which has loaders of its own. "
+            "Give one or the other."
+        )
+    trainer.module = module
+    trainer.datamodule = datamodule
+    trained = trainer.sources.loaders.get("train") if fn != TrainerFn.FITTING else None
+    trainer.sources = Sources(trainer, sources)
+    if trained is not None:  # so that what fit left behind can still be saved
+        trainer.sources.loaders["train"] = trained
+    trainer.state = TrainerState(TrainerStatus.RUNNING, fn, LOOP[fn])
+    trainer.should_stop = False
+    trainer.interruption.signal = None
+    trainer.metrics = Metrics()
+    if fn == TrainerFn.FITTING:
+        if trainer.max_epochs is None:
+            trainer.max_epochs = 1000  # nothing else limits the run
+        trainer.optimizers, trainer.lr_scheduler_configs = [], []
+    trainer.metrics.hook = "setup"
+    module.attach(trainer, trainer.metrics)
+    if datamodule is not None:
+        datamodule.trainer = trainer
+    trainer.callbacks = components.with_callbacks_of(module, trainer.callbacks)
+    trainer.hooks = Hooks(trainer, module, trainer.callbacks)
+
+
+def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: str | PathLike[str] | None) -> None:
+    """Bring a run to where its loop can begin, in Lightning's order."""
+    module, hooks, fitting = trainer.module, trainer.hooks, fn == TrainerFn.FITTING
+    stage = str(fn.value)
+    for prepare_data in [*(part.prepare_data for part in data), module.prepare_data]:
+        prepare_data()
+    trainer.read_checkpoint(ckpt_path, stage)
+    if fitting:
+        components.claim_directories(trainer.loggers)
+    for part in data:
+        part.setup(stage)
+    hooks.setup(stage)
+    if is_overridden(module, "configure_model"):
+        with trainer.init_module():
+            module.configure_model()
+    if trainer.checkpoint is not None:
+        restore.restore_weights(trainer, trainer.checkpoint, Path(trainer.resume_path or ""))
+    trainer.precision_plugin.convert_module(module)
+    trainer.strategy.setup(module)
+    if fitting:
+        configure_optimizers(trainer)
+        hooks.on_fit_start()
+    if trainer.enable_autolog_hparams:
+        log_hyperparameters(trainer)
+    trainer.precision_plugin.attach(trainer.optimizers if fitting else [], trainer.device)
+    trainer.transfer = transfer_of(trainer.strategy, module, trainer.datamodule)
+    module.zero_grad()
+
+
+def configure_optimizers(trainer: Trainer) -> None:
+    """Make optimizers and schedules, when the parameters are where they will be trained."""
+    trainer.metrics.hook = "configure_optimizers"
+    trainer.optimizers, trainer.lr_scheduler_configs = configure(trainer.module)
+    trainer.schedules = Schedules(trainer.lr_scheduler_configs, trainer)
+    trainer.step_optimizers = [StepOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]
+    trainer.update = Update(trainer)
+
+
+def log_hyperparameters(trainer: Trainer) -> None:
+    """Hand the module's and the data module's hyperparameters, and the graph, to the loggers, once a run."""
+    hparams = merged_hparams([owner for owner in (trainer.module, trainer.datamodule) if owner is not None])
+    for logger in trainer.loggers:
+        if hparams:
+            logger.log_hyperparams(hparams)
+        logger.log_graph(trainer.module)
+        logger.save()
+
+
+def tear_down(trainer: Trainer, fn: TrainerFn, data: list[DataModule], status: str) -> None:
+    """Give everything back, errors or not; an error in here does not hide the one that came before."""
+    ongoing, stage = sys.exc_info()[1], str(fn.value)
+    for teardown in [*(part.teardown for part in data), trainer.hooks.teardown]:
+        try:
+            teardown(stage)
+        except BaseException as error:
+            if ongoing is None:
+                raise
+            ongoing.add_note(f"teardown({stage!r}) failed too: {type(error).__name__}: {error}")
+    trainer.sources.close()
+    for logger in trainer.loggers:
+        logger.finalize(status)
+    trainer.checkpoint_io.teardown()
+    trainer.accelerator.teardown()
+    trainer.state.stage = None
+    trainer.metrics.batch = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit import arguments
+from trainkit import profiler as profilers
 from trainkit.accelerators import Accelerator, of_device
 from trainkit.callback import Callback
 from trainkit.checkpoint.io import CheckpointIO
@@ -20,6 +21,7 @@ from trainkit.hooks import is_overridden
 from trainkit.loggers import DummyLogger, Logger, TensorBoardLogger
 from trainkit.module import Module
 from trainkit.precision import Precision, precision_of
+from trainkit.profiler import PROFILERS, PassThroughProfiler, Profiler
 from trainkit.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class Parts:
         self.checkpoint_io: CheckpointIO = plugins.get("checkpoint_io") or CheckpointIO()
         set_torch_switches(trainer.deterministic, trainer.benchmark)
         bare = trainer.barebones
-        self.profiler = given["profiler"]
+        self.profiler = profiler_of(given["profiler"])
         logger = False if bare else given["logger"]
         self.loggers = loggers_of(logger, trainer.default_root_dir, trial=bool(trainer.fast_dev_run))
         flags = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -128,6 +130,21 @@ def loggers_of(given: Any, root: str, trial: bool) -> list[Logger]:
             hint = " Did you forget the brackets?" if isinstance(logger, type) else ""
             raise TypeError(f"logger must be True, False, or Logger objects. Received: {logger!r}.{hint}")
     return [DummyLogger()] if trial and loggers else loggers
+
+
+def profiler_of(given: Any) -> Profiler:
+    """Return the profiler with that name, or the object itself; one that does nothing for None."""
+    if given is None:
+        return PassThroughProfiler()
+    if isinstance(given, str) and given.lower() in PROFILERS:
+        made: Profiler = getattr(profilers, PROFILERS[given.lower()])()
+        return made
+    if not isinstance(given, Profiler):
+        hint = " Did you forget the brackets?" if isinstance(given, type) else ""
+        raise MisconfigurationException(
+            f"profiler must be one of {sorted(PROFILERS)}, a Profiler object or None. Received: {given!r}.{hint}"
+        )
+    return given
 
 
 def slurm_job() -> int | None:

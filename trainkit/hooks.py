@@ -127,11 +127,23 @@ class Hooks:
             for owner in owners
         ]
         self.answers[name] = [type(owner).__name__ for owner in owners]
+        if (actions := trainer.actions) is not None:
+            kinds = [
+                f"[Callback]{o.state_key}" if o is not module else f"[LightningModule]{type(o).__name__}"
+                for o in owners
+            ]
+            calls = [actions.wrap(f"{kind}.{name}", call) for kind, call in zip(kinds, calls, strict=True)]
+        call = self._together(name, calls)
+        if call is not _nothing and name not in STEP_HOOKS:
+            call = partial(_announced, trainer, name, call)
+        return call if actions is None else actions.span(name, call)
+
+    def _together(self, name: str, calls: Sequence[Call]) -> Call:
+        """Return one call for all of them."""
         if not calls:
             return _nothing
         together = _each_may_skip if name == "on_train_batch_start" else _each
-        call = calls[0] if len(calls) == 1 else partial(together, tuple(calls))
-        return call if name in STEP_HOOKS else partial(_announced, trainer, name, call)
+        return calls[0] if len(calls) == 1 else partial(together, tuple(calls))
 
     def evaluation(self, stage: str, loaders: int) -> Evaluation:
         """Return the hooks of "validation", "test" or "predict" under names without the stage.

@@ -15,6 +15,8 @@ from trainkit.loops import EvaluationLoop, FitLoop
 from trainkit.stages import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
+    from trainkit.profiler import Profiler
+    from trainkit.profiler.actions import Actions
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -54,7 +56,7 @@ class Status:
     precision_plugin: Precision
     strategy: Strategy
     checkpoint_io: CheckpointIO
-    profiler: Any
+    profiler: Profiler
     optimizers: list[Optimizer]
     state: TrainerState
     default_root_dir: str

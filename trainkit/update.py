@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainkit.hooks import is_overridden
+from trainkit.profiler.actions import recorded
 
 if TYPE_CHECKING:
+    from trainkit.profiler.actions import Actions
     from trainkit.trainer import Trainer
 
 Step = Callable[..., Any]
@@ -45,6 +47,17 @@ class Update:
             self.clip = self._clip_as_configured
         elif trainer.gradient_clip_val is not None and trainer.gradient_clip_val > 0:
             self.clip = self._clip
+        if trainer.actions is not None:
+            self._record(trainer.actions)
+
+    def _record(self, actions: Actions) -> None:
+        """Let a profiler see the parts of an update."""
+        module, strategy = (type(part).__name__ for part in (self.trainer.module, self.trainer.strategy))
+        zero_grad = self.trainer.module.optimizer_zero_grad
+        self.zero_grad = actions.wrap(f"[LightningModule]{module}.optimizer_zero_grad", zero_grad)
+        self.backward = actions.wrap(f"[Strategy]{strategy}.backward", self.backward)
+        if self.clip is not None:
+            self.clip = actions.wrap(f"[LightningModule]{module}.configure_gradient_clipping", self.clip)
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -106,10 +119,10 @@ class Replay:
     def update(self, loss: Tensor | None, batch_idx: int) -> bool:
         """Let every optimizer step, through the module's `optimizer_step`; return whether the weights moved."""
         trainer = self.trainer
-        moved = True
+        moved, step = True, recorded(trainer, "LightningModule", trainer.module, "optimizer_step")
         for optimizer in trainer.step_optimizers:
             optimizer.moved = True  # an optimizer_step that leaves it alone is not an overflow
-            trainer.module.optimizer_step(trainer.progress.epoch, batch_idx, optimizer, self._closure(loss))
+            step(trainer.progress.epoch, batch_idx, optimizer, self._closure(loss))
             moved &= optimizer.moved
         self.window.clear()
         return moved

@@ -53,6 +53,8 @@ class Loader:
             self.iterable = self._adapt(source, sequential)
         self.claimed = length_of(self.iterable)
         self.num_batches = limited(self.claimed, limit, name, argument)
+        self.fetching: Callable[[Iterator[Any]], Iterator[Any]] | None = None
+        """What a profiler watches the batches through."""
         self._warned = False
 
     def _adapt(self, loader: DataLoader[Any], sequential: bool) -> DataLoader[Any]:
@@ -101,6 +103,8 @@ class Loader:
         if start >= limit:
             return
         batches = self._open(epoch, start)
+        if self.fetching is not None:
+            batches = self.fetching(batches)
         index = start
         batch = next(batches, batches)
         if batch is batches:

@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trainkit.data.loader import Loader
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
+from trainkit.profiler.actions import recorded
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -79,7 +81,7 @@ class Sources:
         loader = Loader(
             source, limit=limit, name="train_dataloader", argument=argument, sequential=bool(trainer.overfit_batches)
         )
-        self.loaders["train"] = [loader]
+        self.loaders["train"] = self._watched("train", [loader])
         self.val_every = self._validation_interval(loader.num_batches)
         updates = loader.num_batches / trainer.accumulate_grad_batches
         if trainer.loggers and not trainer.fast_dev_run and trainer.log_every_n_steps > updates > 0:
@@ -129,19 +131,28 @@ class Sources:
             )
         argument = "overfit_batches" if overfit else f"limit_{kind}_batches"
         names = [name] if len(sources) == 1 else [f"{name} {index}" for index in range(len(sources))]
-        self.loaders[kind] = [
+        loaders = [
             Loader(each, limit=limit, name=each_name, argument=argument, sequential=bool(overfit))
             for each, each_name in zip(sources, names, strict=True)
         ]
+        self.loaders[kind] = self._watched(kind, loaders)
+
+    def _watched(self, kind: str, loaders: list[Loader]) -> list[Loader]:
+        """Let a profiler see how long batches are waited for."""
+        actions = self.trainer.actions
+        for loader in loaders if actions is not None else ():
+            loader.fetching = partial(actions.fetching, kind)
+        return loaders
 
     def _object(self, kind: str) -> Any:
         """Return the loaders of one kind, from whoever brings them: the call, the data module, or the module."""
         source = self.given.get(kind)
         if source is None:
-            for owner in (self.trainer.datamodule, self.trainer.module):
-                if owner is not None and is_overridden(owner, f"{kind}_dataloader"):
-                    source = getattr(owner, f"{kind}_dataloader")()
-                    break
+            name, data, module = f"{kind}_dataloader", self.trainer.datamodule, self.trainer.module
+            if data is not None and is_overridden(data, name):
+                source = recorded(self.trainer, "LightningDataModule", data, name)()
+            elif is_overridden(module, name):
+                source = recorded(self.trainer, "LightningModule", module, name)()
         self.objects[kind] = source
         return source
 

@@ -15,8 +15,6 @@ from trainkit.loops import EvaluationLoop, FitLoop
 from trainkit.stages import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
-    from trainkit.profiler import Profiler
-    from trainkit.profiler.actions import Actions
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from trainkit.module import Module
     from trainkit.optim import Schedules
     from trainkit.precision import Precision
+    from trainkit.profiler import Profiler
     from trainkit.signals import Interruption
     from trainkit.stages import TrainerState
     from trainkit.state import Progress

@@ -139,9 +139,9 @@ class Sources:
 
     def _watched(self, kind: str, loaders: list[Loader]) -> list[Loader]:
         """Let a profiler see how long batches are waited for."""
-        actions = self.trainer.actions
-        for loader in loaders if actions is not None else ():
-            loader.fetching = partial(actions.fetching, kind)
+        if self.trainer.actions is not None:
+            for loader in loaders:
+                loader.fetching = partial(self.trainer.actions.fetching, kind)
         return loaders
 
     def _object(self, kind: str) -> Any:

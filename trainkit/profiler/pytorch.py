@@ -56,11 +56,11 @@ class PyTorchProfiler(Profiler):
         >>> profiler = PyTorchProfiler(filename="operators", record_shapes=True, profile_memory=True)
     """
 
-    STEP_FUNCTIONS = set(STEPS)
-    AVAILABLE_SORT_KEYS = {
+    STEP_FUNCTIONS = frozenset(STEPS)
+    AVAILABLE_SORT_KEYS = frozenset({
         "count", "cpu_time", "cpu_time_total", "cuda_time", "cuda_time_total", "cpu_memory_usage", "cuda_memory_usage",
         "self_cpu_memory_usage", "self_cuda_memory_usage",
-    }  # fmt: skip
+    })  # fmt: skip
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class PyTorchProfiler(Profiler):
         self.enabled = bool(profiler_kwargs.get("enabled", True))
         self.flame_graph = bool(profiler_kwargs.get("export_to_flame_graph"))
         self.metric: str = profiler_kwargs.get("metric", "self_cpu_time_total")
-        self.schedule = check_schedule(profiler_kwargs.get("schedule", "default"))
+        self.schedule = check_schedule(profiler_kwargs.get("schedule", default_schedule))
         self.on_trace_ready: Callable[[Any], Any] | None = profiler_kwargs.get("on_trace_ready")
         self.options = {name: value for name, value in profiler_kwargs.items() if name in known - OLDER}
         self.options.update(activities=activities)
@@ -116,12 +116,11 @@ class PyTorchProfiler(Profiler):
         trainer = None if self._lightning_module is None else self._lightning_module.trainer
         if self.profiler is None and (self.schedule is None or trainer is None or kind or self.emit_nvtx):
             self._begin(kind, trainer)
-        elif self.profiler is not None and kind and not self.emit_nvtx and self._step_of() is None:
-            if self._window.about_to(kind, trainer):
-                self.profiler.step()
+        elif kind and not self.emit_nvtx and self._step_of() is None and self._window.about_to(kind, trainer):
+            self.profiler.step()
         if self.profiler is not None:
             self._open[action_name] = record_function(f"[pl][profile]{action_name}")
-            self._open[action_name].__enter__()
+            self._open[action_name].__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self, action_name: str) -> None:
         """Mark the end of an action; after a step, go on with the schedule."""
@@ -158,7 +157,7 @@ class PyTorchProfiler(Profiler):
     # ---- what was recorded
     def _keep(self, profiler: torch.profiler.profile) -> None:
         """Take the events of a window that has ended, and write its trace."""
-        events = profiler.events()
+        events = profiler.events()  # type: ignore[no-untyped-call]
         if self.function_events is None:
             self.function_events = events
         elif events is not None:
@@ -192,7 +191,8 @@ class PyTorchProfiler(Profiler):
         self._end()
         if not self.function_events:
             return ""
-        data = self.function_events.key_averages(group_by_input_shapes=self.group_by_input_shapes)
+        shapes = self.group_by_input_shapes
+        data = self.function_events.key_averages(group_by_input_shapes=shapes)  # type: ignore[no-untyped-call]
         table = data.table(sort_by=self.sort_by_key, row_limit=self.row_limit, **self.table_kwargs)
         return self._stats_to_str({"records": table})
 
@@ -201,7 +201,7 @@ class PyTorchProfiler(Profiler):
         self._end()
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing = {"profiler": None, "function_events": None, "_labels": None, "_open": {}}
+        nothing: dict[str, Any] = {"profiler": None, "function_events": None, "_labels": None, "_open": {}}
         return {**self.__dict__, **nothing, "_window": Window(self.schedule)}
 
 
@@ -277,7 +277,7 @@ class ModuleLabels:
 
     def _enter(self, label: str, running: list[record_function], *_: Any) -> None:
         running.append(record_function(label))
-        running[-1].__enter__()
+        running[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def _exit(self, running: list[record_function], *_: Any) -> None:
         if running:
@@ -293,7 +293,7 @@ class NVTX:
     """Ranges for NVIDIA's tools, in the place of torch's profiler."""
 
     def __init__(self) -> None:
-        self.parts = [torch.cuda.profiler.profile(), emit_nvtx()]  # type: ignore[no-untyped-call]
+        self.parts: list[Any] = [torch.cuda.profiler.profile(), emit_nvtx()]  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> NVTX:
         for part in self.parts:
@@ -341,8 +341,6 @@ def check_schedule(given: Any) -> Schedule | None:
     """
     if given is None:
         return None
-    if given == "default":
-        return default_schedule
     if not callable(given):
         raise MisconfigurationException(
             f"schedule must be a function, such as torch.profiler.schedule(...). Received: {given!r}."

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 
 from trainkit.profiler.base import Profiler
 
@@ -74,7 +75,7 @@ class SimpleProfiler(Profiler):
         return f"{self._title()}\n\n{table(head, [everything, *long])}\n"
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Return rows of cells under a head, in columns."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     rule = "-" * (sum(widths) + 3 * len(widths) + 1)

@@ -115,6 +115,7 @@ def attach(
             trainer.max_epochs = 1000  # nothing else limits the run
         trainer.optimizers, trainer.lr_scheduler_configs = [], []
     trainer.actions = actions_of(trainer.profiler)
+    trainer.profiler._lightning_module = module
     trainer.metrics.hook = "setup"
     module.attach(trainer, trainer.metrics)
     if datamodule is not None:
@@ -161,7 +162,6 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
 def set_profiler_up(trainer: Trainer, stage: str) -> None:
     """Tell the profiler of the run, as Lightning does."""
     rank = trainer.local_rank if trainer.world_size > 1 else None
-    trainer.profiler._lightning_module = trainer.module
     trainer.profiler.setup(stage=stage, local_rank=rank, log_dir=trainer.log_dir)
 
 
@@ -214,4 +214,4 @@ def tear_down(trainer: Trainer, fn: TrainerFn, data: list[DataModule], status: s
         trainer.actions.close()
         trainer.actions = None
         trainer.profiler.describe()
-        trainer.profiler._lightning_module = None
+    trainer.profiler._lightning_module = None

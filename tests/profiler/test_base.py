@@ -190,7 +190,9 @@ def test_users_code_is_measured_through_the_trainer(TinyModule: Any, TinyData: A
 @pytest.mark.parametrize("name", ["simple", "advanced", "pytorch"])
 def test_a_profiler_changes_no_result(name: str, TinyModule: Any, TinyData: Any, tmp_path: Path) -> None:
     def trained(**settings: Any) -> tuple[Module, dict[str, Any]]:
-        trainer = Trainer(**{**QUIET, "limit_train_batches": 7}, default_root_dir=tmp_path, **settings)
+        trainer = Trainer(
+            **{**QUIET, "limit_train_batches": 7, "limit_val_batches": 6}, default_root_dir=tmp_path, **settings
+        )
         module = TinyModule()
         trainer.fit(module, TinyData(shuffle=False))
         return module, dict(trainer.callback_metrics)

@@ -143,7 +143,7 @@ def test_the_trace_is_one_that_chrome_and_tensorboard_read(TinyModule: Any, Tiny
     assert recorded["Framework"] == "trainkit"
     report = (run / "fit-ops.txt").read_text()
     assert report.startswith("FIT Profiler Report\nProfile stats for: records\n")
-    assert "[[4, 3], [4, 1]" in report.replace("[[], ", "[") or "Input Shapes" in report
+    assert "Input Shapes" in report
 
 
 def test_stacks_are_written_for_flame_graphs(TinyModule: Any, TinyData: Any, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_schedule_that_is_none_is_refused(schedule: Any) -> None:
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(MisconfigurationException, match="sort_by_key must be one of .*Received: 'size'"):
+    with pytest.raises(MisconfigurationException, match=r"sort_by_key must be one of .*Received: 'size'"):
         PyTorchProfiler(sort_by_key="size")
     with pytest.raises(KeyError, match="row_limit is an argument of the profiler"):
         PyTorchProfiler(table_kwargs={"row_limit": 3})

@@ -94,7 +94,9 @@ class PyTorchProfiler(Profiler):
         self.schedule = check_schedule(profiler_kwargs.get("schedule", default_schedule))
         self.on_trace_ready: Callable[[Any], Any] | None = profiler_kwargs.get("on_trace_ready")
         self.options = {name: value for name, value in profiler_kwargs.items() if name in known - OLDER}
-        self.options.update(activities=activities)
+        self.options["activities"] = activities
+        if "acc_events" in known:
+            self.options.setdefault("acc_events", True)  # the report is on all windows, not on the last one
         if self.sort_by_key not in self.AVAILABLE_SORT_KEYS:
             raise MisconfigurationException(
                 f"sort_by_key must be one of {sorted(self.AVAILABLE_SORT_KEYS)}. Received: {sort_by_key!r}."
@@ -130,6 +132,8 @@ class PyTorchProfiler(Profiler):
         marker.__exit__(None, None, None)
         kind = kind_of(action_name)
         if kind and not self.emit_nvtx and self._step_of() is None:  # a step in its strategy's step is one step
+            if self._window.action in (ProfilerAction.RECORD, ProfilerAction.RECORD_AND_SAVE):
+                self.profiler.add_metadata("Framework", "trainkit")
             self._window.done(kind, action_name)
             self.profiler.step()
 
@@ -157,17 +161,12 @@ class PyTorchProfiler(Profiler):
     # ---- what was recorded
     def _keep(self, profiler: torch.profiler.profile) -> None:
         """Take the events of a window that has ended, and write its trace."""
-        events = profiler.events()  # type: ignore[no-untyped-call]
-        if self.function_events is None:
-            self.function_events = events
-        elif events is not None:
-            self.function_events.extend(events)
+        self.function_events = profiler.events()  # type: ignore[no-untyped-call]
         if self.on_trace_ready is not None:
             self.on_trace_ready(profiler)
         elif self.dirpath is not None:
             action = self._window.last_action
             if self.export_to_chrome:
-                profiler.add_metadata("Framework", "trainkit")
                 tensorboard_trace_handler(str(self.dirpath), self._prepare_filename(action, extension=""))(profiler)
             if self.flame_graph:
                 path = os.path.join(self.dirpath, self._prepare_filename(action, extension=".stack"))
@@ -248,13 +247,14 @@ class Window:
         self.owner = None if self.action is ProfilerAction.NONE else kind
 
     def _for_run(self, kind: str, trainer: Trainer) -> Schedule:
-        """Return the schedule of one kind of step; a run too short for the default one is recorded as a whole."""
+        """Return the schedule of one kind of step; what is too short for the default one is recorded as a whole."""
         assert self.schedule is not None
         steps = num_steps(kind, trainer)
-        if self.schedule is default_schedule and steps < 5:
-            warn(f"PyTorchProfiler: {kind} runs {steps} times only, so all are recorded, without any warming up.")
-            return lambda step: ProfilerAction.RECORD
-        return self.schedule
+        if self.schedule is not default_schedule or steps >= 5:
+            return self.schedule
+        warn(f"PyTorchProfiler: {kind} runs {steps} times only, so all are recorded, without any warming up.")
+        most = 5 if kind == "training_step" else int(steps)  # to the run's end; to that of the first evaluation
+        return partial(whole, most)
 
 
 class ModuleLabels:
@@ -331,6 +331,13 @@ def default_schedule(step: int) -> ProfilerAction:
     """Leave one step out, warm up for one, record three."""
     actions = (ProfilerAction.NONE, ProfilerAction.WARMUP, ProfilerAction.RECORD, ProfilerAction.RECORD)
     return (*actions, ProfilerAction.RECORD_AND_SAVE)[step] if step < 5 else ProfilerAction.NONE
+
+
+def whole(most: int, step: int) -> ProfilerAction:
+    """Record `most` steps from the first one on."""
+    if step >= most:
+        return ProfilerAction.NONE
+    return ProfilerAction.RECORD if step < most - 1 else ProfilerAction.RECORD_AND_SAVE
 
 
 def check_schedule(given: Any) -> Schedule | None:

@@ -156,10 +156,10 @@ def slurm_job() -> int | None:
 
 def claim_directories(loggers: list[Logger]) -> None:
     """Make the run directories, or fail with the reason; loggers of one root share the first one's directory."""
-    for logger in loggers:
-        first = loggers[0]
-        if logger.root_dir is not None and logger.root_dir == first.root_dir and logger.log_dir != first.log_dir:
-            logger.continue_run(Path(str(first.log_dir)), 0)
+    for index, logger in enumerate(loggers):
+        sharing = [other for other in loggers[:index] if other.root_dir == logger.root_dir is not None]
+        if sharing and logger.log_dir != sharing[0].log_dir:
+            logger.continue_run(Path(str(sharing[0].log_dir)), 0)
         logger.check_writable()
 
 

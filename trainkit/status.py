@@ -123,8 +123,8 @@ class Status:
 
     @property
     def log_step(self) -> int:
-        """The x value of what is logged now: the 0-based index of the last update."""
-        return max(self.progress.step - 1, 0)
+        """The x value of what is logged now: in fit the 0-based index of the last update, else how many there were."""
+        return max(self.progress.step - 1, 0) if self.state.fn == TrainerFn.FITTING else self.progress.step
 
     # ---- limits
     @property

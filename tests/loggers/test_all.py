@@ -247,3 +247,58 @@ def test_a_failed_and_an_interrupted_run_are_told_apart(TinyModule: Any, TinyDat
         with pytest.raises((ValueError, SystemExit, KeyboardInterrupt)):
             Trainer(**QUIET, max_epochs=1, logger=recorder, enable_checkpointing=False).fit(module, TinyData())
     assert recorder.ended == ["failed", "interrupted"]
+
+
+def test_what_is_logged_after_a_fit_comes_behind_it(TinyModule: Any, TinyData: Any, tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    trainer = Trainer(**QUIET, max_epochs=1, logger=recorder)
+    module = TinyModule()
+    trainer.fit(module, TinyData())
+    recorder.rows.clear()
+    trainer.validate(module, TinyData(), verbose=False)
+    trainer.test(module, TinyData(), verbose=False)
+    assert [step for step, _ in recorder.rows] == [3, 3]
+
+
+@pytest.mark.parametrize("given", [3, "csv", CSVLogger, [CSVLogger], [None], object()], ids=str)
+def test_what_is_no_logger_is_refused_when_the_trainer_is_made(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"logger must be True, False, or Logger objects\. Received"):
+        Trainer(accelerator="cpu", logger=given)
+
+
+@pytest.mark.parametrize("several", [tuple, iter, lambda loggers: dict(enumerate(loggers)).values()])
+def test_several_loggers_come_in_anything_that_holds_them(several: Callable[..., Any], tmp_path: Path) -> None:
+    loggers = [Recorder(tmp_path), CSVLogger(tmp_path)]
+    assert Trainer(accelerator="cpu", logger=several(loggers)).loggers == loggers
+
+
+def test_the_loggers_can_be_replaced(tmp_path: Path) -> None:
+    trainer = Trainer(accelerator="cpu", logger=[Recorder(tmp_path), CSVLogger(tmp_path)], default_root_dir=tmp_path)
+    trainer.logger = CSVLogger(tmp_path / "new")
+    assert [type(each) for each in trainer.loggers] == [CSVLogger]
+    assert trainer.log_dir == str(tmp_path / "new" / "lightning_logs" / "version_0")
+    trainer.logger = None
+    assert trainer.loggers == []
+    assert trainer.log_dir == str(tmp_path)
+    trainer.loggers = [Recorder(tmp_path)]
+    assert isinstance(trainer.logger, Recorder)
+
+
+@pytest.mark.parametrize(("name", "version"), [("train.sh", 1234), ("bash", 0), ("interactive", 0)])
+def test_a_slurm_job_that_is_requeued_goes_on_in_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, version: int
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1234")
+    monkeypatch.setenv("SLURM_JOB_NAME", name)
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path)
+    assert trainer.logger is not None
+    assert trainer.logger.version == version
+
+
+def test_the_newest_checkpoint_of_a_loggers_runs_is_found(TinyModule: Any, TinyData: Any, tmp_path: Path) -> None:
+    settings = {**QUIET, "default_root_dir": tmp_path}
+    Trainer(**settings, max_epochs=1, logger=Recorder(tmp_path)).fit(TinyModule(), TinyData())
+    resumed = Trainer(**settings, max_epochs=2, logger=Recorder(tmp_path))
+    resumed.fit(TinyModule(), TinyData(), ckpt_path="last")
+    assert resumed.global_step == 6
+    assert next(step for step, _ in resumed.logger.rows) == 3  # type: ignore[union-attr]

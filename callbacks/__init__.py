@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainkit.callback import Callback as Callback
+from trainkit.callbacks.batch_size_finder import BatchSizeFinder as BatchSizeFinder
 from trainkit.callbacks.checkpoint import Checkpoint as Checkpoint
 from trainkit.callbacks.checkpoint import ModelCheckpoint as ModelCheckpoint
 from trainkit.callbacks.console import RichProgressBarTheme as RichProgressBarTheme
@@ -14,6 +15,7 @@ from trainkit.callbacks.gradient_accumulation_scheduler import (
     GradientAccumulationScheduler as GradientAccumulationScheduler,
 )
 from trainkit.callbacks.lambda_function import LambdaCallback as LambdaCallback
+from trainkit.callbacks.lr_finder import LearningRateFinder as LearningRateFinder
 from trainkit.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
 from trainkit.callbacks.on_exception_checkpoint import OnExceptionCheckpoint as OnExceptionCheckpoint
 from trainkit.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
@@ -34,6 +36,7 @@ __all__ = [
     "BackboneFinetuning",
     "BaseFinetuning",
     "BasePredictionWriter",
+    "BatchSizeFinder",
     "Callback",
     "Checkpoint",
     "DeviceStatsMonitor",
@@ -41,6 +44,7 @@ __all__ = [
     "EarlyStopping",
     "GradientAccumulationScheduler",
     "LambdaCallback",
+    "LearningRateFinder",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelPruning",

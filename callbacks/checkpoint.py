@@ -246,7 +246,7 @@ class ModelCheckpoint(Checkpoint):
             self.last_model_path = find.resumed_from
 
     # ---- hooks
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Settle the directory, and prove that it can be written before anything is trained."""
         self._end_run()
         if self._watch is not None:
@@ -267,7 +267,7 @@ class ModelCheckpoint(Checkpoint):
                     "or Trainer(default_root_dir=...), or save none with Trainer(enable_checkpointing=False)."
                 ) from error
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Start counting steps and time."""
         if trainer.fast_dev_run:
             return
@@ -276,7 +276,7 @@ class ModelCheckpoint(Checkpoint):
         self._clock = time.monotonic()
         self._decided_step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Decide, if it is decided by steps or by time."""
         if self._when_batch is None:
             return
@@ -287,11 +287,11 @@ class ModelCheckpoint(Checkpoint):
             self._decided_step, self._clock = step, time.monotonic()
             self._decide(trainer, "batch")
 
-    def on_sanity_check_end(self, trainer: Trainer, module: Module) -> None:
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self._watch is not None:
             self._watch.doubt(trainer)
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Decide, if it is decided after validation, or if a decision waits for the metric."""
         if not self._running or trainer.sanity_checking:
             return
@@ -299,12 +299,12 @@ class ModelCheckpoint(Checkpoint):
             self._watch.after_validation(trainer)
         self._decide_if_due(trainer, "validation")
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Decide, if it is decided at the end of the epoch, or if a decision waits for the metric."""
         if self._running:
             self._decide_if_due(trainer, "epoch")
 
-    def on_save_point(self, trainer: Trainer, module: Module) -> None:
+    def on_save_point(self, trainer: Trainer, pl_module: Module) -> None:
         """Write what was decided."""
         if (self._decision is None and not trainer.interrupted) or not self._running:
             return
@@ -316,7 +316,7 @@ class ModelCheckpoint(Checkpoint):
         finally:
             self._decision = None
 
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Save `last` if nothing was saved before; say so when it looked for the metric and never found it."""
         if self._running and self.save_last and self._written is None:
             self._decision = Decision(trainer, _epoch_of(trainer), numbers(trainer.callback_metrics), last=True)
@@ -327,7 +327,7 @@ class ModelCheckpoint(Checkpoint):
             why = "validation did not run" if unvalidated else "there was no new value when it looked"
             warnings.warn(f"ModelCheckpoint(monitor={self.monitor!r}) kept nothing: {why}.", stacklevel=2)
 
-    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         """Save what there is, if that is wanted."""
         wanted = self.save_on_exception and self._running and not trainer.sanity_checking
         if not wanted or not isinstance(exception, Exception) or isinstance(exception, CheckpointError):
@@ -346,7 +346,7 @@ class ModelCheckpoint(Checkpoint):
         finally:
             self._decision = None
 
-    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """End counting."""
         self._end_run()
 
@@ -425,6 +425,10 @@ class ModelCheckpoint(Checkpoint):
                 outcome.remove.append(before)
         return outcome
 
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Whether a checkpoint with this metric would be kept among the best; None is no metric."""
+        return current is not None and policy.plan(self._saved(), Saved("", float(current)), self._keep).write
+
     def _saved(self) -> tuple[Saved, ...]:
         if self.monitor is None:
             newest = self.best_model_path  # may be one of another directory, which is not this callback's to remove
@@ -485,7 +489,8 @@ class ModelCheckpoint(Checkpoint):
             return
         if trainer.is_global_zero:
             for path in outcome.remove:
-                trainer.checkpoint_io.remove_checkpoint(path)
+                if not _same(path, self._resumed_from):  # which somebody named, and may want again
+                    trainer.checkpoint_io.remove_checkpoint(path)
         for logger in trainer.loggers:
             logger.after_save_checkpoint(self)
         if self.verbose and trainer.is_global_zero:
@@ -554,6 +559,12 @@ def _epoch_of(trainer: Trainer) -> int:
     """Return the epoch of the last finished batch."""
     progress = trainer.progress
     return progress.epoch - (progress.batch == 0 and progress.epoch > 0)
+
+
+def _same(path: str, other: str | None) -> bool:
+    """Whether two paths are one name in one directory; a link is not what it leads to."""
+    folder, name = os.path.split(os.path.abspath(other or ""))
+    return bool(other) and os.path.basename(path) == name and os.path.dirname(path) == os.path.realpath(folder)
 
 
 def _directory(dirpath: str | os.PathLike[str]) -> str:

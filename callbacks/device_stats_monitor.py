@@ -37,7 +37,7 @@ class DeviceStatsMonitor(Callback):
         self._due = False  # whether it is logged
         self._evaluated = 0  # batches, of the evaluation that runs
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Find out before anything runs if something is missing."""
         if stage == "fit" and not trainer.loggers and not trainer.fast_dev_run:  # which has taken them away
             raise MisconfigurationException(
@@ -47,41 +47,41 @@ class DeviceStatsMonitor(Callback):
         self._stats(trainer)  # thrown away: the first percentages are those since the process began
 
     # ---- training
-    def on_train_batch_start(self, trainer: Trainer, module: Module, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
         self._x, every = trainer.global_step, trainer.log_every_n_steps
         self._due = every > 0 and ((self._x + 1) % every == 0 or trainer.should_stop)
         if self._due:
             self._log(trainer, "on_train_batch_start", self._x)
 
-    def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._due or (trainer.should_stop and trainer.log_every_n_steps):
             self._log(trainer, "on_train_batch_end", self._x)
 
     # ---- evaluation
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._evaluated = 0
 
     on_test_start = on_validation_start
 
     def on_validation_batch_start(
-        self, trainer: Trainer, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._evaluated += 1
         self._evaluation(trainer, "on_validation_batch_start")
 
     def on_validation_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._evaluation(trainer, "on_validation_batch_end")
 
     def on_test_batch_start(
-        self, trainer: Trainer, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._evaluated += 1
         self._evaluation(trainer, "on_test_batch_start")
 
     def on_test_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._evaluation(trainer, "on_test_batch_end")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainkit import Callback
 from trainkit.callbacks.monitor import Event, Watch, epoch_is_whole, looks_at_epoch_end
-from trainkit.errors import MisconfigurationException, MissingMetric
+from trainkit.errors import MisconfigurationException, MissingMetricError
 
 if TYPE_CHECKING:
     from trainkit import Module, Trainer
@@ -59,7 +59,7 @@ class EarlyStopping(Callback):
 
     Raises:
         MisconfigurationException: an argument that can't work.
-        MissingMetric: during training, a metric that is not there (a RuntimeError, too).
+        MissingMetricError: during training, a metric that is not there (a RuntimeError, too).
 
     Example:
         >>> stopping = EarlyStopping("val_loss", patience=5)
@@ -148,13 +148,13 @@ class EarlyStopping(Callback):
         self._watch.fresh = state_dict.get("fresh", False)
 
     # ---- hooks
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Forget what another run counted, when a new one begins."""
         self._watch.begin()
         if stage == "fit" and trainer.global_step == 0 and trainer.resume_path is None:
             self._forget()
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Work out when to look, and stop again if this run had been stopped."""
         at_epoch_end = looks_at_epoch_end(trainer, self.check_on_train_epoch_end)
         self._event = None if trainer.fast_dev_run else "epoch" if at_epoch_end else "validation"
@@ -170,10 +170,10 @@ class EarlyStopping(Callback):
             stacklevel=2,
         )
 
-    def on_sanity_check_end(self, trainer: Trainer, module: Module) -> None:
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._watch.doubt(trainer)
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Look at the metric, unless that is done at the end of the epoch."""
         if self._event is None or trainer.sanity_checking:
             return
@@ -181,12 +181,12 @@ class EarlyStopping(Callback):
         if self._event == "validation":
             self._look(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Look at the metric, unless that is done after validation."""
         if self._event == "epoch" and epoch_is_whole(trainer):
             self._look(trainer)
 
-    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """End looking."""
         self._event = None
 
@@ -208,7 +208,7 @@ class EarlyStopping(Callback):
 
     def _complain(self, problem: str) -> None:
         if self.strict:
-            raise MissingMetric(problem)
+            raise MissingMetricError(problem)
         if not self._warned:
             warnings.warn(problem, RuntimeWarning, stacklevel=2)
             self._warned = True

@@ -129,20 +129,20 @@ class BaseFinetuning(Callback):
             optimizer.add_param_group({"params": new, "lr": rate})
 
     # ---- hooks
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if stage == "fit":
             self._begin_run()
-            self.freeze_before_training(module)
+            self.freeze_before_training(pl_module)
 
-    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
-        self._module, self._optimizers = module, trainer.optimizers
+    def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self._module, self._optimizers = pl_module, trainer.optimizers
         if self._loaded is not None:
             loaded, self._loaded = self._loaded, None
-            self._restore(module, loaded)
+            self._restore(pl_module, loaded)
 
-    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         for optimizer in trainer.optimizers:
-            self.finetune_function(module, trainer.current_epoch, optimizer)
+            self.finetune_function(pl_module, trainer.current_epoch, optimizer)
 
     # ---- resume
     def state_dict(self) -> dict[str, Any]:
@@ -245,10 +245,10 @@ class BackboneFinetuning(BaseFinetuning):
         self.rounding = rounding
         self.previous_backbone_lr: float | None = None
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if stage == "fit":
             self.previous_backbone_lr = None
-        super().setup(trainer, module, stage)
+        super().setup(trainer, pl_module, stage)
 
     def freeze_before_training(self, pl_module: Module) -> None:
         self.freeze(_backbone(pl_module))

@@ -59,8 +59,8 @@ class GradientAccumulationScheduler(Callback):
         """Return an epoch's factor."""
         return self.scheduling[max(first for first in self.epochs if first <= epoch)]
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
-        if not module.automatic_optimization:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
+        if not pl_module.automatic_optimization:
             raise RuntimeError(
                 "GradientAccumulationScheduler does nothing with automatic_optimization=False: accumulate in "
                 "training_step, and take the callback out."
@@ -71,11 +71,11 @@ class GradientAccumulationScheduler(Callback):
                 f"both say how many batches make an update. Leave one of the two out."
             )
         for name in ("optimizer_step", "optimizer_zero_grad"):
-            if self.going_to_accumulate_grad_batches() and is_overridden(module, name):
-                warn(f"{type(module).__name__}.{name} is called once for each update, not with every batch.")
+            if self.going_to_accumulate_grad_batches() and is_overridden(pl_module, name):
+                warn(f"{type(pl_module).__name__}.{name} is called once for each update, not with every batch.")
         self._apply(trainer)  # a run that is resumed inside an epoch hears of no epoch's start
 
-    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._apply(trainer)
 
     def _apply(self, trainer: Trainer) -> None:

@@ -22,7 +22,7 @@ class LambdaCallback(Callback):
         TypeError: a name is no hook, or what is given cannot be called.
 
     Example:
-        >>> greet = LambdaCallback(on_train_start=lambda trainer, module: print("here we go"))
+        >>> greet = LambdaCallback(on_train_start=lambda trainer, pl_module: print("here we go"))
     """
 
     def __init__(self, **hooks: Callable[..., Any] | None) -> None:

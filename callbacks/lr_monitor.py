@@ -51,7 +51,7 @@ class LearningRateMonitor(Callback):
         self.last_weight_decay_values: dict[str, float | None] = {}
         self._logged_step = -1
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         if not trainer.loggers and not trainer.fast_dev_run:  # which has taken them away
             raise MisconfigurationException(
                 "LearningRateMonitor needs a logger, and this Trainer has none. "
@@ -62,14 +62,14 @@ class LearningRateMonitor(Callback):
         self.last_weight_decay_values = dict.fromkeys(f"{name}-weight_decay" for name in self.lrs)
         self._logged_step = -1
 
-    def on_train_batch_start(self, trainer: Trainer, module: Module, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
         step, every = trainer.global_step, trainer.log_every_n_steps
         # the windows of an accumulation have several batches and one step
         if every and (step + 1) % every == 0 and step != self._logged_step and self.logging_interval != "epoch":
             self._logged_step = step
             self._log(trainer, "step")
 
-    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         if self.logging_interval != "step":
             self._log(trainer, "epoch")
 

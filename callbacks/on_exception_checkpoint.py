@@ -39,13 +39,13 @@ class OnExceptionCheckpoint(Checkpoint):
         """The file."""
         return os.path.join(self.dirpath, self.filename + self.FILE_EXTENSION)
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         self._saving = False
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._saving = not trainer.fast_dev_run  # before this there is nothing that an older file has not
 
-    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         if not self._saving:
             return
         self._saving = False
@@ -54,7 +54,7 @@ class OnExceptionCheckpoint(Checkpoint):
         except Exception as error:
             exception.add_note(f"OnExceptionCheckpoint: nothing was saved: {error}")
 
-    def on_fit_end(self, trainer: Trainer, module: Module) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self._saving and trainer.is_global_zero and os.path.exists(self.ckpt_path):
             os.remove(self.ckpt_path)
         self._saving = False

@@ -50,7 +50,7 @@ class BasePredictionWriter(Callback):
     Example:
         >>> class Writer(BasePredictionWriter):
         ...     def write_on_batch_end(
-        ...         self, trainer, module, prediction, batch_indices, batch, batch_idx, dataloader_idx
+        ...         self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx
         ...     ):
         ...         torch.save({"samples": batch_indices, "prediction": prediction}, f"{dataloader_idx}-{batch_idx}.pt")
         >>> writer = Writer("batch")  # Trainer(callbacks=writer).predict(module, loader, return_predictions=False)
@@ -109,7 +109,7 @@ class BasePredictionWriter(Callback):
         raise NotImplementedError(f"{type(self).__name__} has no write_on_epoch_end.")
 
     # ---- hooks
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Refuse a writer that can't write, before anything is predicted."""
         wanted = {"write_on_batch_end": self.interval.on_batch, "write_on_epoch_end": self.interval.on_epoch}
         for name, needed in wanted.items():
@@ -118,7 +118,7 @@ class BasePredictionWriter(Callback):
                     f"{type(self).__name__}({self.interval.value!r}) needs {name}, which is not overridden."
                 )
 
-    def on_predict_start(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Begin to note which samples the batches are made of."""
         loaders = trainer.sources.loaders["predict"]
         self._noted = [note_indices(loader) for loader in loaders]
@@ -131,23 +131,23 @@ class BasePredictionWriter(Callback):
                 )
 
     def on_predict_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Write a batch, or keep it for the end."""
         noted = self._noted[dataloader_idx]
         indices = None if noted is None else noted.popleft()
         if self.interval.on_batch:
-            self.write_on_batch_end(trainer, module, outputs, indices, batch, batch_idx, dataloader_idx)
+            self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
         if self.interval.on_epoch:
             self._predictions[dataloader_idx].append(trainer.to_host(outputs))
             self._indices[dataloader_idx].append(indices)
 
-    def on_predict_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Write everything, if that is wanted."""
         if self.interval.on_epoch:
             predictions = self._predictions[0] if len(self._predictions) == 1 else self._predictions
-            self.write_on_epoch_end(trainer, module, predictions, self._indices)
+            self.write_on_epoch_end(trainer, pl_module, predictions, self._indices)
 
-    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Let go of what was kept."""
         self._forget()

@@ -97,12 +97,12 @@ class RichProgressBar(ProgressBar):
         return {**super().__getstate__(), "_run": None, "_due": math.inf, "_header": None}
 
     # ---- every step
-    def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if monotonic() >= self._due:
-            self._draw_fit(trainer, self._read_metrics(trainer, module, outputs))
+            self._draw_fit(trainer, self._read_metrics(trainer, pl_module, outputs))
 
     def on_validation_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if monotonic() >= self._due:
             self._draw_evaluation(trainer, batch_idx + 1, dataloader_idx)
@@ -111,8 +111,8 @@ class RichProgressBar(ProgressBar):
     on_predict_batch_end = on_validation_batch_end
 
     # ---- a run begins
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
-        super().setup(trainer, module, stage)
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if self.is_enabled:
             options = self.console_kwargs
             stream = options.get("file") or (sys.stderr if options.get("stderr") else sys.stdout)
@@ -121,45 +121,45 @@ class RichProgressBar(ProgressBar):
             run.waiting = [] if stage == "fit" else None
             self._due = run.began + run.display.first_frame
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
-        self._show_header(trainer, module)
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self._show_header(trainer, pl_module)
         if self._run is not None:
             self._run.pace, self._run.rows = Pace(trainer.progress.total_batch), Rows(trainer)
 
-    def _show_header(self, trainer: Trainer, module: Module) -> None:
+    def _show_header(self, trainer: Trainer, pl_module: Module) -> None:
         """Show the header now that the training data is there, and then what was printed before."""
         run = self._run
         if run is not None and run.waiting is not None:
-            found = facts(trainer, module)
+            found = facts(trainer, pl_module)
             if found != self._header and self.is_enabled:
                 self._header = found
                 run.display.header(found)
             run.release()
 
-    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         if self._run is not None:
             self._run.pace.go_on()
             if monotonic() >= self._due:
                 self._draw_fit(trainer, self._run.metrics)
 
     # ---- evaluations, alone or inside of fit
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
         run = self._run
         if run is not None and run.rows is not None:
             run.pause(trainer)
             run.rows.before_validation(trainer)
         self._start_evaluation(trainer)
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         run = self._run
         if run is not None and run.rows is not None:
             run.rows.after_validation(trainer)
             run.pace.go_on()
 
-    def on_test_start(self, trainer: Trainer, module: Module) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._start_evaluation(trainer)
 
-    def on_predict_start(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._start_evaluation(trainer)
 
     def _start_evaluation(self, trainer: Trainer) -> None:
@@ -169,25 +169,25 @@ class RichProgressBar(ProgressBar):
                 self._draw_evaluation(trainer, 0, 0)
 
     # ---- what stays
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         run = self._run
         if run is not None and run.rows is not None:
             run.pause(trainer)
             if self.leave and self._due < math.inf:
                 self._draw_fit(trainer, run.metrics)
-            row = run.rows.row(trainer, run.rows.training_first(self._shown(trainer, module)), run.elapsed)
+            row = run.rows.row(trainer, run.rows.training_first(self._shown(trainer, pl_module)), run.elapsed)
             if self.is_enabled:
                 run.display.row(row)
                 if isinstance(run.display, Lines):  # the row was a sign of life
                     self._due = monotonic() + run.display.between_frames
 
-    def on_fit_end(self, trainer: Trainer, module: Module) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._end(trainer, None)
 
-    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         self._end(trainer, exception)
 
-    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         run, self._run, self._due = self._run, None, math.inf
         if run is not None:
             run.release()
@@ -203,21 +203,21 @@ class RichProgressBar(ProgressBar):
             run.rows = None
 
     # ---- frames
-    def _shown(self, trainer: Trainer, module: Module) -> dict[str, Any]:
+    def _shown(self, trainer: Trainer, pl_module: Module) -> dict[str, Any]:
         """Return the metrics without the version, which the header has."""
         known = get_standard_metrics(trainer)
-        metrics = self.get_metrics(trainer, module)
+        metrics = self.get_metrics(trainer, pl_module)
         return {name: value for name, value in metrics.items() if known.get(name) != value}
 
-    def _read_metrics(self, trainer: Trainer, module: Module, outputs: Any) -> dict[str, Any]:
+    def _read_metrics(self, trainer: Trainer, pl_module: Module, outputs: Any) -> dict[str, Any]:
         """Return the metrics of a frame, the loss among them. This waits for the device."""
         run = self._run
         if run is None or run.rows is None:
             return {}
-        metrics = run.rows.training_first(self._shown(trainer, module))
+        metrics = run.rows.training_first(self._shown(trainer, pl_module))
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if loss is not None and not any("loss" in name.lower() for name in metrics.keys() - run.rows.evaluated):
-            scale = trainer.accumulate_grad_batches if module.automatic_optimization else 1
+            scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             metrics = {"loss": float(loss) * scale, **metrics}
         return metrics
 

@@ -18,7 +18,7 @@ class ProgressBar(Callback):
 
     Example:
         >>> class Percent(ProgressBar):
-        ...     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        ...     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         ...         if self.is_enabled:
         ...             print(f"{100 * (batch_idx + 1) / self.total_train_batches:.0f}%", end="\\r")
     """
@@ -141,7 +141,7 @@ class ProgressBar(Callback):
         """What predicting is called."""
         return "Predicting"
 
-    def get_metrics(self, trainer: Trainer, module: Module) -> dict[str, Any]:
+    def get_metrics(self, trainer: Trainer, pl_module: Module) -> dict[str, Any]:
         """Return what to show, by name: "v_num", the run's version, and what was logged with prog_bar=True.
 
         Override it to show something else.
@@ -152,7 +152,7 @@ class ProgressBar(Callback):
         """Print without cutting through what is drawn; takes what the builtin `print` takes."""
         builtins.print(*values, **kwargs)
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         self._trainer = trainer
         if not trainer.is_global_zero:
             self.disable()

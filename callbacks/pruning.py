@@ -162,15 +162,15 @@ class ModelPruning(Callback):
         """The class's name; a Trainer may have several of them."""
         return type(self).__qualname__ + (f"-{self._number}" if self._number else "")
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
-        if trainer.checkpoint is not None and not any(name.endswith("_mask") for name, _ in module.named_buffers()):
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
+        if trainer.checkpoint is not None and not any(name.endswith("_mask") for name, _ in pl_module.named_buffers()):
             weights = trainer.checkpoint["state_dict"]  # those of a pruned module have other names
             trainer.checkpoint["state_dict"] = unpruned(weights) if stage == "fit" else permanent(weights)
         if stage != "fit":
             return
         self._begin_run()
-        self._module = module
-        pairs = self.sanitize_parameters_to_prune(module, self._given, self._parameter_names)
+        self._module = pl_module
+        pairs = self.sanitize_parameters_to_prune(pl_module, self._given, self._parameter_names)
         self._parameters_to_prune = self.filter_parameters_to_prune(pairs)
         if self._use_lottery_ticket_hypothesis:
             self._first = [getattr(part, name).detach().clone() for part, name in self._parameters_to_prune]
@@ -178,25 +178,25 @@ class ModelPruning(Callback):
                 self._fresh = {id(part): copy.deepcopy(part) for part, _ in self._parameters_to_prune}
         self._number = [other for other in trainer.callbacks if type(other) is type(self)].index(self)
 
-    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
         if self._loaded is not None:  # the optimizers have the parameters in the order of before any was pruned
             loaded, self._loaded = self._loaded, None
             self._restore(loaded)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self._prune_on_train_epoch_end:
             self._prune(trainer.current_epoch)
 
-    def on_validation_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         if trainer.stage == "fit" and not trainer.sanity_checking and not self._prune_on_train_epoch_end:
             self._prune(trainer.current_epoch)
 
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self._make_pruning_permanent:
             self._loaded = self.state_dict()  # so that a checkpoint of the trained module can be trained on
-            self.make_pruning_permanent(module)
+            self.make_pruning_permanent(pl_module)
 
-    def on_save_checkpoint(self, trainer: Trainer, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Put the zeros into the weights, if that is wanted."""
         if self._make_pruning_permanent:
             checkpoint["state_dict"] = permanent(checkpoint["state_dict"])

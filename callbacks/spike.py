@@ -84,7 +84,7 @@ class SpikeDetection(Callback):
         self.last_val = 0.0
         self._window: deque[float] = deque(maxlen=window)
 
-    def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at the loss.
 
         Raises:

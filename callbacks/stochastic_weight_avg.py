@@ -113,29 +113,29 @@ class StochasticWeightAveraging(Callback):
         return any(isinstance(part, _BatchNorm) for part in pl_module.modules())
 
     # ---- a run begins
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if stage == "fit":
             self._begin_run()
 
-    def on_load_checkpoint(self, trainer: Trainer, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Give the module the weights that were being trained, from a checkpoint that was saved after training."""
         if trainer.stage == "fit" and "current_model_state" in checkpoint:
-            module.load_state_dict(checkpoint["current_model_state"], strict=module.strict_loading)
+            pl_module.load_state_dict(checkpoint["current_model_state"], strict=pl_module.strict_loading)
 
-    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
-        self._check(trainer, module)
+    def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self._check(trainer, pl_module)
         self._max_epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
         first = self._swa_epoch_start
         if isinstance(first, float):
             first = int(self._max_epochs * first)
         self._start = max(first - 1, 0)
         if self._loaded is not None and self._loaded["n_averaged"]:
-            self._begin_averaging(trainer, module, self._loaded["n_averaged"])
+            self._begin_averaging(trainer, pl_module, self._loaded["n_averaged"])
             assert self._average_model is not None
-            self._average_model.load_state_dict(self._loaded["average_model_state"], strict=module.strict_loading)
+            self._average_model.load_state_dict(self._loaded["average_model_state"], strict=pl_module.strict_loading)
         self._loaded = None
 
-    def _check(self, trainer: Trainer, module: Module) -> None:
+    def _check(self, trainer: Trainer, pl_module: Module) -> None:
         for what, there in (("optimizer", trainer.optimizers), ("lr scheduler", trainer.lr_scheduler_configs)):
             if len(there) > 1 or (what == "optimizer" and not there):
                 raise MisconfigurationException(
@@ -146,30 +146,32 @@ class StochasticWeightAveraging(Callback):
                 f"StochasticWeightAveraging(swa_epoch_start={self._swa_epoch_start}) is a share of max_epochs, which "
                 "has no limit here. Give an int."
             )
-        if not module.automatic_optimization and self.pl_module_contains_batch_norm(module):
+        if not pl_module.automatic_optimization and self.pl_module_contains_batch_norm(pl_module):
             raise MisconfigurationException(
                 "StochasticWeightAveraging can't measure batch normalization's statistics anew with "
                 "automatic_optimization=False: training_step would train. Use WeightAveraging(), which averages them."
             )
 
     # ---- averaging
-    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         epoch = trainer.current_epoch
         if not self.swa_start <= epoch <= self.swa_end:
             return
         if self._average_model is None:
-            self._begin_averaging(trainer, module, 0)
+            self._begin_averaging(trainer, pl_module, 0)
         if epoch > self._latest_update_epoch:
             assert self._average_model is not None
             assert self.n_averaged is not None
-            self.update_parameters(self._average_model, module, self.n_averaged, self._avg_fn)
+            self.update_parameters(self._average_model, pl_module, self.n_averaged, self._avg_fn)
             self._latest_update_epoch = epoch
 
-    def _begin_averaging(self, trainer: Trainer, module: Module, averaged: int) -> None:
+    def _begin_averaging(self, trainer: Trainer, pl_module: Module, averaged: int) -> None:
         """Make the average, and put its schedule in the place of the module's own."""
         with torch.no_grad():
-            self._average_model = copy.deepcopy(module).to(module.device if self._device is None else self._device)
-        self.n_averaged = torch.tensor(averaged, dtype=torch.long, device=module.device)
+            self._average_model = copy.deepcopy(pl_module).to(
+                pl_module.device if self._device is None else self._device
+            )
+        self.n_averaged = torch.tensor(averaged, dtype=torch.long, device=pl_module.device)
         optimizer = trainer.optimizers[0]
         rates = self._swa_lrs if isinstance(self._swa_lrs, list) else [self._swa_lrs] * len(optimizer.param_groups)
         for rate, group in zip(rates, optimizer.param_groups, strict=False):  # SWALR compares their number
@@ -212,16 +214,16 @@ class StochasticWeightAveraging(Callback):
             target.copy_(source)
 
     # ---- using it
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self._average_model is None:
             return
         self._trained = {
             name: value.to("cpu", copy=True) if isinstance(value, Tensor) else value
-            for name, value in module.state_dict().items()
+            for name, value in pl_module.state_dict().items()
         }
-        self.transfer_weights(self._average_model, module)
-        if self.pl_module_contains_batch_norm(module):
-            measure_batch_norm(trainer, module)
+        self.transfer_weights(self._average_model, pl_module)
+        if self.pl_module_contains_batch_norm(pl_module):
+            measure_batch_norm(trainer, pl_module)
 
     # ---- resume
     def state_dict(self) -> dict[str, Any]:
@@ -239,7 +241,7 @@ class StochasticWeightAveraging(Callback):
         self._latest_update_epoch = state_dict["latest_update_epoch"]
         self._loaded = dict(state_dict)
 
-    def on_save_checkpoint(self, trainer: Trainer, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """After training, keep the weights that were trained beside the average, so that training can go on."""
         if self._trained is not None and trainer.stage is None and "optimizer_states" in checkpoint:
             checkpoint["current_model_state"] = self._trained

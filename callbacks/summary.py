@@ -36,10 +36,10 @@ class ModelSummary(Callback):
         self.summarize_kwargs = summarize_kwargs
         self._printed = ""
 
-    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
         if self.max_depth == 0:
             return
-        summary = Summary(module, self.max_depth)
+        summary = Summary(pl_module, self.max_depth)
         text = str(summary)
         if text == self._printed or not trainer.is_global_zero:  # a second fit has nothing new to say
             return

@@ -54,17 +54,17 @@ class ThroughputMonitor(Callback):
         self._meters: dict[str, _Meter] = {}
         self._paused = 0.0
 
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Find out what the device could do."""
         self.available_flops = get_available_flops(trainer.device, compute_dtype(trainer.precision))
-        if not hasattr(module, "flops_per_batch") and trainer.is_global_zero:
+        if not hasattr(pl_module, "flops_per_batch") and trainer.is_global_zero:
             warn(
-                f"ThroughputMonitor: {type(module).__name__} has no flops_per_batch, so FLOPs and MFU are left out. "
+                f"ThroughputMonitor: {type(pl_module).__name__} has no flops_per_batch, so FLOPs and MFU are left out. "
                 "Set it, for example in setup, to what trainkit.throughput.measure_flops returns."
             )
 
     # ---- a part of the run begins, or pauses
-    def _start(self, trainer: Trainer, module: Module, stage: str, batches_per_log: int) -> None:
+    def _start(self, trainer: Trainer, pl_module: Module, stage: str, batches_per_log: int) -> None:
         window = self.kwargs.get("window_size", 100)
         if batches_per_log > 1:  # the first batch, and then one measurement each time something is logged
             window = math.ceil(window / batches_per_log) + 1
@@ -74,7 +74,7 @@ class ThroughputMonitor(Callback):
             **{**self.kwargs, "window_size": max(window, 2)},
         )
         before, fitting = self._meters.get(stage), trainer.stage == "fit"
-        meter = before if before is not None and not fitting else _Meter(hasattr(module, "flops_per_batch"))
+        meter = before if before is not None and not fitting else _Meter(hasattr(pl_module, "flops_per_batch"))
         self._meters[stage] = meter  # a second test goes on counting
         if before is not None and stage == "validate":
             if not fitting and before.epoch is not None:
@@ -85,70 +85,70 @@ class ThroughputMonitor(Callback):
         meter.throughput, meter.began, meter.measured = throughput, now(trainer.device), 0
         meter.first, meter.step = meter.batches + 1, trainer.global_step
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         if trainer.is_global_zero:
-            self._start(trainer, module, "train", trainer.log_every_n_steps * trainer.accumulate_grad_batches)
+            self._start(trainer, pl_module, "train", trainer.log_every_n_steps * trainer.accumulate_grad_batches)
 
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
-            self._start(trainer, module, "validate", trainer.log_every_n_steps)
+            self._start(trainer, pl_module, "validate", trainer.log_every_n_steps)
             self._paused = self._meters["validate"].began
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking and trainer.stage == "fit":
             self._meters["train"].began += now(trainer.device) - self._paused
 
-    def on_test_start(self, trainer: Trainer, module: Module) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
         if trainer.is_global_zero:
-            self._start(trainer, module, "test", trainer.log_every_n_steps)
+            self._start(trainer, pl_module, "test", trainer.log_every_n_steps)
 
-    def on_predict_start(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
         if trainer.is_global_zero:
-            self._start(trainer, module, "predict", trainer.log_every_n_steps)
+            self._start(trainer, pl_module, "predict", trainer.log_every_n_steps)
 
     # ---- a batch is done
-    def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_global_zero:
             return
         meter = self._meters["train"]
-        self._count(trainer, module, meter, batch)
+        self._count(trainer, pl_module, meter, batch)
         step, every = trainer.global_step, trainer.log_every_n_steps
         if step != meter.step and every and (step % every == 0 or trainer.should_stop):
             self._log(trainer, "train", None)
         meter.step = step
 
     def on_validation_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if not trainer.sanity_checking:
-            self._evaluated(trainer, module, "validate", batch)
+            self._evaluated(trainer, pl_module, "validate", batch)
 
     def on_test_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._evaluated(trainer, module, "test", batch)
+        self._evaluated(trainer, pl_module, "test", batch)
 
     def on_predict_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._evaluated(trainer, module, "predict", batch)
+        self._evaluated(trainer, pl_module, "predict", batch)
 
-    def _evaluated(self, trainer: Trainer, module: Module, stage: str, batch: Any) -> None:
+    def _evaluated(self, trainer: Trainer, pl_module: Module, stage: str, batch: Any) -> None:
         if not trainer.is_global_zero:
             return
         meter, every = self._meters[stage], trainer.log_every_n_steps
-        self._count(trainer, module, meter, batch)
+        self._count(trainer, pl_module, meter, batch)
         if every and (meter.batches - meter.first + 1) % every == 0:
             self._log(trainer, stage, meter.offset + meter.batches)
 
     # ---- measuring
-    def _count(self, trainer: Trainer, module: Module, meter: _Meter, batch: Any) -> None:
+    def _count(self, trainer: Trainer, pl_module: Module, meter: _Meter, batch: Any) -> None:
         meter.batches += 1
         meter.samples += self.batch_size_fn(batch)
         if self.length_fn is not None:
             meter.lengths += self.length_fn(batch)
         if meter.has_flops:
-            flops: Any = module.flops_per_batch
+            flops: Any = pl_module.flops_per_batch
             meter.flops += flops
         if meter.batches == meter.first and trainer.loggers:  # rates begin after it: it compiles, allocates, warms up
             self._measure(trainer, meter)

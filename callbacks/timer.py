@@ -79,11 +79,11 @@ class Timer(Callback):
         return None if self.duration is None else self.duration - self.time_elapsed(stage)
 
     # ---- measuring
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if stage == "fit":
             self._began, self._ended, self._before, self._announced = {}, {}, {}, False
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._begin("train")
         if self.duration is not None:
             deadline = self._began["train"] + self.duration - self._before.get("train", 0.0)
@@ -91,28 +91,28 @@ class Timer(Callback):
             if monotonic() >= deadline:  # resumed from a run whose time was over
                 self._stop(trainer)
 
-    def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         if monotonic() >= self._deadline:
             self._stop(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         remaining = self.time_remaining()
         if remaining is not None and remaining <= 0:
             self._stop(trainer)
 
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._ended["train"] = monotonic()
 
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._begin("validate")
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._ended["validate"] = monotonic()
 
-    def on_test_start(self, trainer: Trainer, module: Module) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._begin("test")
 
-    def on_test_end(self, trainer: Trainer, module: Module) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: Module) -> None:
         self._ended["test"] = monotonic()
 
     def _begin(self, stage: str) -> None:

@@ -190,20 +190,20 @@ class TQDMProgressBar(ProgressBar):
         return self._made(self.predict_description, leave=True, smoothing=0)
 
     # ---- training
-    def on_sanity_check_start(self, trainer: Trainer, module: Module) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: Module) -> None:
         self.val_progress_bar = self.init_sanity_tqdm()
         self.train_progress_bar = tqdm_class()(disable=True)  # there is one, whoever asks
 
-    def on_sanity_check_end(self, trainer: Trainer, module: Module) -> None:
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: Module) -> None:
         self.val_progress_bar.close()
         self.train_progress_bar.close()
 
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         self.train_progress_bar = self.init_train_tqdm()
         if trainer.progress.batch:  # resumed inside an epoch, which does not start again
             self._start_epoch(trainer)
 
-    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         self._start_epoch(trainer)
 
     def _start_epoch(self, trainer: Trainer) -> None:
@@ -211,86 +211,86 @@ class TQDMProgressBar(ProgressBar):
             self.train_progress_bar = self.init_train_tqdm()
         self._restart("train", self.total_train_batches, f"Epoch {trainer.current_epoch}", trainer.progress.batch)
 
-    def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         bar = self.train_progress_bar
         if self._draws(bar, batch_idx + 1):
-            bar.set_postfix(self.get_metrics(trainer, module))
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         bar = self.train_progress_bar
         if not bar.disable:
-            bar.set_postfix(self.get_metrics(trainer, module))
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
         if self._leave:
             bar.close()
 
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         self.train_progress_bar.close()
 
     # ---- evaluations
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
         if not trainer.sanity_checking:
             self.val_progress_bar = self.init_validation_tqdm()
 
-    def on_test_start(self, trainer: Trainer, module: Module) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
         self.test_progress_bar = self.init_test_tqdm()
 
-    def on_predict_start(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
         self.predict_progress_bar = self.init_predict_tqdm()
 
     def on_validation_batch_start(
-        self, trainer: Trainer, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.has_dataloader_changed(dataloader_idx):
             name = self.sanity_check_description if trainer.sanity_checking else self.validation_description
             self._restart("val", self.total_val_batches_current_dataloader, f"{name} DataLoader {dataloader_idx}")
 
     def on_test_batch_start(
-        self, trainer: Trainer, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.has_dataloader_changed(dataloader_idx):
             name = f"{self.test_description} DataLoader {dataloader_idx}"
             self._restart("test", self.total_test_batches_current_dataloader, name)
 
     def on_predict_batch_start(
-        self, trainer: Trainer, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.has_dataloader_changed(dataloader_idx):
             name = f"{self.predict_description} DataLoader {dataloader_idx}"
             self._restart("predict", self.total_predict_batches_current_dataloader, name)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._draws(self.val_progress_bar, batch_idx + 1):
             self.val_progress_bar.refresh()
 
     def on_test_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._draws(self.test_progress_bar, batch_idx + 1):
             self.test_progress_bar.refresh()
 
     def on_predict_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._draws(self.predict_progress_bar, batch_idx + 1):
             self.predict_progress_bar.refresh()
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         self.val_progress_bar.close()
         self.reset_dataloader_idx_tracker()
         if "train" in self._bars and trainer.stage == "fit" and not self.train_progress_bar.disable:
-            self.train_progress_bar.set_postfix(self.get_metrics(trainer, module))
+            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
-    def on_test_end(self, trainer: Trainer, module: Module) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: Module) -> None:
         self.test_progress_bar.close()
         self.reset_dataloader_idx_tracker()
 
-    def on_predict_end(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: Module) -> None:
         self.predict_progress_bar.close()
         self.reset_dataloader_idx_tracker()
 
-    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Give the terminal back, after an error too."""
         for bar in self._bars.values():
             bar.close()

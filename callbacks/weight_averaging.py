@@ -88,33 +88,33 @@ class WeightAveraging(Callback):
         return step_idx is not None
 
     # ---- a run begins
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
-        if stage != "fit" and module is self._module and not trainer.ckpt_path:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
+        if stage != "fit" and pl_module is self._module and not trainer.ckpt_path:
             return  # what fit left behind can still be saved
         self._end_run()
         if stage == "fit":
-            self._module = module
+            self._module = pl_module
             self._latest_update_step, self._latest_update_epoch = trainer.global_step, trainer.current_epoch - 1
 
-    def on_load_checkpoint(self, trainer: Trainer, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Give the module the weights that were being trained; it has been given the average."""
         if "current_model_state" in checkpoint and "averaging_state" in checkpoint:
             self._restored = {name: checkpoint[name] for name in ("state_dict", "averaging_state")}
-            module.load_state_dict(checkpoint["current_model_state"], strict=module.strict_loading)
+            pl_module.load_state_dict(checkpoint["current_model_state"], strict=pl_module.strict_loading)
         else:
             warn(f"the checkpoint has no average of weights: {type(self).__name__} begins with its weights.")
 
-    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
-        device = module.device if self._device is None else self._device
-        average = AveragedModel(module, torch.device(device), use_buffers=self._use_buffers, **self._kwargs)
+    def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
+        device = pl_module.device if self._device is None else self._device
+        average = AveragedModel(pl_module, torch.device(device), use_buffers=self._use_buffers, **self._kwargs)
         average.requires_grad_(False)
         if self._restored is not None:
-            average.module.load_state_dict(self._restored["state_dict"], strict=module.strict_loading)
+            average.module.load_state_dict(self._restored["state_dict"], strict=pl_module.strict_loading)
             average.load_state_dict(self._restored["averaging_state"], strict=False)
             self._restored = None
         self._average_model = average
         self._updates = int(average.n_averaged)
-        self._match(module)
+        self._match(pl_module)
 
     def _match(self, module: nn.Module) -> None:
         """Find each average's current value, by name."""
@@ -132,16 +132,16 @@ class WeightAveraging(Callback):
         self._blends = list(together.values())
 
     # ---- averaging
-    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
-        self._match(module)  # another callback may have exchanged parameters between epochs
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
+        self._match(pl_module)  # another callback may have exchanged parameters between epochs
 
-    def on_train_batch_end(self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step > self._latest_update_step and self.should_update(step_idx=step - 1):
             self._update()
             self._latest_update_step = step
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         epoch = trainer.current_epoch
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
             self._update()
@@ -169,17 +169,17 @@ class WeightAveraging(Callback):
         self._updates += 1
 
     # ---- using it
-    def on_validation_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         if trainer.stage == "fit":
-            self._swap_models(module)
+            self._swap_models(pl_module)
 
-    def on_validation_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self._swapped:
-            self._swap_models(module)
+            self._swap_models(pl_module)
 
-    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         if self._swapped:
-            self._swap_models(module)
+            self._swap_models(pl_module)
 
     @torch.no_grad()
     def _swap_models(self, module: Module) -> None:
@@ -192,9 +192,9 @@ class WeightAveraging(Callback):
             current.copy_(before)
         self._swapped = not self._swapped
 
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self._updates:
-            self._copy_average_to_current(module)
+            self._copy_average_to_current(pl_module)
 
     @torch.no_grad()
     def _copy_average_to_current(self, module: Module) -> None:
@@ -204,7 +204,7 @@ class WeightAveraging(Callback):
         }
         _copy((current, kept) for kept, current in chain(self._pairs, self._copied))
 
-    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         if self._average_model is not None:
             self._average_model.cpu()  # as the module
         self._pairs, self._copied, self._blends = [], [], []
@@ -217,10 +217,10 @@ class WeightAveraging(Callback):
         self._latest_update_step = state_dict["latest_update_step"]
         self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
 
-    def on_save_checkpoint(self, trainer: Trainer, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Put the average in the place of the weights."""
         average = self._average_model
-        if average is None or module is not self._module:
+        if average is None or pl_module is not self._module:
             return
         kept, current = average.module.state_dict(), checkpoint["state_dict"]
         if self._updates == 0:

@@ -169,8 +169,44 @@ def test_anything_else_is_refused_with_what_is_possible(returns: Callable[..., A
     ],
 )
 def test_what_is_likely_a_mistake_is_a_warning(returns: Callable[..., Any], message: str) -> None:
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(RuntimeWarning, match=message):
         configure(Model(returns))
+
+
+def test_a_scheduler_that_is_not_torchs_needs_a_state_and_a_step_like_theirs() -> None:
+    class Stateless:
+        def __init__(self, optimizer: Any) -> None:
+            self.optimizer = optimizer
+
+        def step(self) -> None: ...
+
+    class Takes(Stateless):
+        def step(self, loss: float) -> None: ...  # type: ignore[override]
+
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    class Calls(Model):
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None: ...
+
+    def returning(kind: type[Stateless]) -> Callable[[Any], Any]:
+        return lambda parameters: ([(optimizer := sgd(parameters))], [kind(optimizer)])
+
+    with pytest.raises(TypeError, match="needs state_dict, load_state_dict, which Stateless has not"):
+        configure(Model(returning(Stateless)))
+    with pytest.raises(MisconfigurationException, match="override lr_scheduler_step"):
+        configure(Model(returning(Takes)))
+    assert len(configure(Calls(returning(Takes)))[1]) == 1
+
+
+def test_a_plateau_needs_no_monitor_where_the_module_moves_it() -> None:
+    module = Model(lambda parameters: ([(optimizer := sgd(parameters))], [ReduceLROnPlateau(optimizer)]))
+    with pytest.raises(MisconfigurationException, match="needs the name of the metric"):
+        configure(module)
+    module.automatic_optimization = False
+    assert configure(module)[1][0].monitor is None
 
 
 def test_the_monitor_may_stand_beside_the_scheduler_in_its_dict_or_on_itself() -> None:
@@ -352,7 +388,7 @@ def test_a_watched_metric_that_is_not_there_is_an_error_that_says_what_is() -> N
 def test_a_watched_metric_may_come_later_if_the_schedule_is_not_strict() -> None:
     rates = Rates()
     trainer = trainer_of(callbacks=rates, max_epochs=6, check_val_every_n_epoch=2)
-    with pytest.warns(UserWarning, match="which was not logged so far"):
+    with pytest.warns(RuntimeWarning, match="which was not logged so far"):
         trainer.fit(Watched(strict=False), loader(), loader())
     # validated after epochs 2, 4 and 6 with 3, 2 and 1; between them the old value is no improvement
     assert rates.during[::BATCHES] == [0.1, 0.1, 0.1, 0.05, 0.05, 0.025]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
 from trainkit import Callback, Module, Trainer
+from trainkit.errors import MisconfigurationException
 from trainkit.precision import PRECISIONS, MixedPrecision, Precision, TruePrecision, precision_of
 
 DTYPES = {
@@ -373,3 +375,73 @@ def test_a_second_fit_of_one_trainer_listens_to_the_new_optimizer_only() -> None
 def test_every_precision_has_a_dtype_in_this_file() -> None:
     assert DTYPES.keys() == PRECISIONS.keys()
     assert all(isinstance(precision_of(name), (Precision, MixedPrecision, TruePrecision)) for name in DTYPES)
+
+
+# ---------------------------------------------------------------- what every precision must do
+EVERY = sorted(PRECISIONS)
+
+
+def run_of(precision: Any, epochs: int = 2, **settings: Any) -> tuple[Trainer, Net]:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        accelerator="cpu", precision=precision, max_epochs=epochs, enable_checkpointing=False, **{**quiet, **settings}
+    )
+    module = Net()
+    trainer.fit(module, loader(4))
+    return trainer, module
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_precision_survives_pickling_with_its_state(name: str) -> None:
+    trainer, _ = run_of(name)
+    for copied in (copy.deepcopy(trainer.precision_plugin), pickle.loads(pickle.dumps(precision_of(name)))):
+        assert copied.precision == name
+        assert type(copied) is type(trainer.precision_plugin)
+    fresh = precision_of(name)
+    fresh.attach(trainer.optimizers, torch.device("cpu"))
+    fresh.load_state_dict(trainer.precision_plugin.state_dict())
+    assert fresh.state_dict() == trainer.precision_plugin.state_dict()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_precision_runs_twice_and_the_second_run_is_as_the_first(name: str) -> None:
+    first, one = run_of(name)
+    second = Trainer(
+        accelerator="cpu", precision=name, max_epochs=2, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    other, again = Net(), Net()
+    second.fit(other, loader(4))
+    assert equal(one, other)
+    second.fit_loop.max_epochs = 4
+    second.fit(other, loader(4))  # two more epochs on one Trainer
+    first.fit_loop.max_epochs = 4
+    first.fit(one, loader(4))
+    assert equal(one, other)
+    assert not equal(other, again)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_precision_goes_on_from_a_checkpoint_to_the_same_weights(name: str, tmp_path: Path) -> None:
+    _, whole = run_of(name, epochs=3)
+    half, _ = run_of(name, epochs=1)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Trainer(
+        accelerator="cpu", precision=name, max_epochs=3, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    module = Net()
+    resumed.fit(module, loader(4), ckpt_path=tmp_path / "half.ckpt")
+    assert equal(whole, module)
+
+
+def test_the_names_of_the_precisions_are_checked() -> None:
+    for make in (lambda: MixedPrecision("32-true"), lambda: TruePrecision("16-mixed")):  # type: ignore[arg-type]
+        with pytest.raises(MisconfigurationException, match="precision must be"):
+            make()
+    with pytest.raises(MisconfigurationException, match="needs no scaler"):
+        MixedPrecision("bf16-mixed", scaler=torch.amp.GradScaler("cpu"))

@@ -133,3 +133,14 @@ def test_the_gpus_state_comes_back() -> None:
     first = torch.rand(3, device="cuda")
     set_random_state(state)
     assert torch.equal(torch.rand(3, device="cuda"), first)
+
+
+@pytest.mark.parametrize("include_cuda", [True, False])
+def test_isolated_code_draws_the_same_again_after_an_error_too(include_cuda: bool) -> None:
+    drawn = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="inside"), isolated_random(include_cuda):  # noqa: PT012
+            drawn.append((torch.rand(1).item(), random.random(), float(np.random.rand())))
+            raise RuntimeError("inside")
+    assert drawn[0] == drawn[1]
+    assert ("cuda" in random_state(include_cuda)) == (include_cuda and torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

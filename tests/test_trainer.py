@@ -478,6 +478,30 @@ def test_predict_needs_a_step_or_a_forward() -> None:
         Trainer(**BARE).predict(Module(), torch.utils.data.DataLoader(rows(), 4))
 
 
+def test_a_step_may_take_its_batch_from_an_iterator() -> None:
+    class Pulls(Module):
+        def __init__(self, twice: bool = False) -> None:
+            super().__init__()
+            self.line, self.twice = nn.Linear(3, 1), twice
+
+        def training_step(self, dataloader_iter: Any) -> Any:
+            (x, _), batch_idx, dataloader_idx = next(dataloader_iter)
+            taken.append((tuple(x.shape), batch_idx, dataloader_idx))
+            if self.twice:
+                next(dataloader_iter)
+            return self.line(x).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    taken: list[Any] = []
+    loader = torch.utils.data.DataLoader(rows(), 4)
+    Trainer(**BARE, max_epochs=1).fit(Pulls(), loader)
+    assert taken == [((4, 3), 0, 0), ((4, 3), 1, 0)]
+    with pytest.raises(MisconfigurationException, match="second item from its dataloader_iter"):
+        Trainer(**BARE, max_epochs=1).fit(Pulls(twice=True), loader)
+
+
 def test_predictions_that_are_none_are_told_of(TinyModule: Any) -> None:
     class Silent(TinyModule):  # type: ignore[misc, valid-type]
         def predict_step(self, batch: Any, batch_idx: int) -> None: ...

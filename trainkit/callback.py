@@ -69,6 +69,9 @@ class Callback:
     saves: ClassVar[bool] = False
     """True for callbacks that write checkpoints: they are moved behind all others."""
 
+    tunes: ClassVar[bool] = False
+    """True for callbacks that find a setting before the run uses it: they are moved before all others."""
+
     @property
     def state_key(self) -> str:
         """Name this callback's state in a checkpoint; two callbacks of one run need two names."""
@@ -82,136 +85,136 @@ class Callback:
         """Take back what `state_dict` returned."""
 
     # ---- a run begins
-    def setup(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Called when a run begins; `stage` is "fit", "validate", "test" or "predict"."""
 
-    def on_load_checkpoint(self, trainer: Trainer, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Called with a checkpoint's whole contents before this callback's own state is loaded."""
 
-    def on_fit_start(self, trainer: Trainer, module: Module) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Called when the module is on its device and has its optimizers."""
 
-    def on_sanity_check_start(self, trainer: Trainer, module: Module) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Called before the few validation batches that prove the validation code runs."""
 
-    def on_sanity_check_end(self, trainer: Trainer, module: Module) -> None:
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Called after the sanity check; what it logged is thrown away."""
 
     # ---- training
-    def on_train_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Called before the first epoch of this run."""
 
-    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Called before the first batch of an epoch."""
 
-    def on_train_batch_start(self, trainer: Trainer, module: Module, batch: Any, batch_idx: int) -> int | None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> int | None:
         """Called with the batch on its device; returning -1 skips the rest of the epoch."""
 
-    def on_before_zero_grad(self, trainer: Trainer, module: Module, optimizer: Optimizer) -> None:
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: Module, optimizer: Optimizer) -> None:
         """Called before an optimizer's gradients are cleared."""
 
-    def on_before_backward(self, trainer: Trainer, module: Module, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: Module, loss: Tensor) -> None:
         """Called before the backward pass; `loss` is divided by the accumulation already."""
 
-    def on_after_backward(self, trainer: Trainer, module: Module) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: Module) -> None:
         """Called after the backward pass; float16 gradients are still scaled."""
 
-    def on_before_optimizer_step(self, trainer: Trainer, module: Module, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Module, optimizer: Optimizer) -> None:
         """Called when the window's gradients are complete and unscaled, before they are clipped."""
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: Module, outputs: dict[str, Any], batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Module, outputs: dict[str, Any], batch: Any, batch_idx: int
     ) -> None:
         """Called after the update; `outputs` has the "loss" and what else the step returned."""
 
-    def on_save_point(self, trainer: Trainer, module: Module) -> None:
+    def on_save_point(self, trainer: Trainer, pl_module: Module) -> None:
         """Called between accumulation windows and after epochs: a checkpoint written here resumes exactly."""
 
-    def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Called after an epoch's last batch and its validation, when the epoch's metrics are there."""
 
-    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Called after the last epoch."""
 
-    def on_fit_end(self, trainer: Trainer, module: Module) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Called when fit is done and the module is back where it was."""
 
     # ---- validation
-    def on_validation_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Called when the module is in evaluation mode."""
 
-    def on_validation_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Called before the first validation batch."""
 
     def on_validation_batch_start(
-        self, trainer: Trainer, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Called before `validation_step`."""
 
     def on_validation_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Called with what `validation_step` returned."""
 
-    def on_validation_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Called after the last validation batch; the last place to log."""
 
-    def on_validation_end(self, trainer: Trainer, module: Module) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Called when the validation's metrics are in `trainer.callback_metrics`."""
 
     # ---- test
-    def on_test_start(self, trainer: Trainer, module: Module) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Called when the module is in evaluation mode."""
 
-    def on_test_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Called before the first test batch."""
 
     def on_test_batch_start(
-        self, trainer: Trainer, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Called before `test_step`."""
 
     def on_test_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Called with what `test_step` returned."""
 
-    def on_test_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Called after the last test batch; the last place to log."""
 
-    def on_test_end(self, trainer: Trainer, module: Module) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Called when the test's metrics are in `trainer.callback_metrics`."""
 
     # ---- predict
-    def on_predict_start(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Called when the module is in evaluation mode."""
 
-    def on_predict_epoch_start(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Called before the first batch to predict."""
 
     def on_predict_batch_start(
-        self, trainer: Trainer, module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Called before `predict_step`."""
 
     def on_predict_batch_end(
-        self, trainer: Trainer, module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Called with what `predict_step` returned."""
 
-    def on_predict_epoch_end(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Called after the last batch to predict."""
 
-    def on_predict_end(self, trainer: Trainer, module: Module) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: Module) -> None:
         """Called when all predictions are there."""
 
     # ---- at any time
-    def on_save_checkpoint(self, trainer: Trainer, module: Module, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Module, checkpoint: dict[str, Any]) -> None:
         """Called with a checkpoint's contents before it is written; add keys of your own here."""
 
-    def on_exception(self, trainer: Trainer, module: Module, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         """Called when anything in the run raises, KeyboardInterrupt included, before it is raised again."""
 
     # ---- a run ends
-    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """Called when a run ends, after an error too."""

@@ -203,12 +203,12 @@ def callbacks_of(
 
 
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
-    """Return the callbacks in order, those that write checkpoints behind all others.
+    """Return the callbacks in order, those that tune before and those that write checkpoints behind all others.
 
     Raises:
         DuplicateStateError: two of them have one name for their state.
     """
-    ordered = sorted(callbacks, key=lambda callback: callback.saves)
+    ordered = sorted(callbacks, key=lambda callback: callback.saves - callback.tunes)
     keys = [callback.state_key for callback in ordered if callback.state_dict()]
     for key in {key for key in keys if keys.count(key) > 1}:
         raise DuplicateStateError(

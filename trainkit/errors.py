@@ -4,10 +4,12 @@ ValueError
   MisconfigurationException     an argument, a method or a combination of them that can't work
     WrongTypeException          the same, and a TypeError
     DuplicateStateError         two callbacks with one state; the same, and a RuntimeError
-    MissingMetric               the same, and a RuntimeError
+    MissingMetricError          the same, and a RuntimeError
 RuntimeError
   CheckpointError               a checkpoint that is damaged, or does not fit
     NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
+Exception
+  SearchOver                    no error: a run that was only made to search for something is over
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class DuplicateStateError(MisconfigurationException, RuntimeError):
     """Tell which callbacks would overwrite each other's state in a checkpoint."""
 
 
-class MissingMetric(MisconfigurationException, RuntimeError):
+class MissingMetricError(MisconfigurationException, RuntimeError):
     """Tell which metric is watched and never logged."""
 
 
@@ -47,12 +49,16 @@ class NoCheckpointError(CheckpointError, FileNotFoundError, ValueError):
     """Tell that there is no such checkpoint, whether a file or "best" and "last" name it."""
 
 
-def warn(message: str) -> None:
+class SearchOver(Exception):
+    """End a run from one of its hooks, with its teardown but without telling anybody of an error; then catch it."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line of the user's code that led here, past trainkit's own frames."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _is_ours(file: str) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trainkit.callback import Callback
+from trainkit.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from trainkit.module import Module
@@ -123,7 +124,7 @@ class Hooks:
         calls: list[Call] = [
             checked(getattr(owner, name), name, loaders)
             if owner is module
-            else partial(checked(getattr(owner, name), name, loaders, ("trainer", "module")), trainer, module)
+            else partial(checked(getattr(owner, name), name, loaders, ("trainer", "pl_module")), trainer, module)
             for owner in owners
         ]
         self.answers[name] = [type(owner).__name__ for owner in owners]
@@ -224,3 +225,21 @@ def fitted(method: Call, name: str, arguments: tuple[str, ...], least: int, load
     owner = type(getattr(method, "__self__", None)).__name__
     takes = ", ".join(inspect.signature(method).parameters)
     raise TypeError(f"{owner}.{name} takes ({takes}) but is called with ({', '.join(arguments)}).")
+
+
+def takes_iterator(step: Call) -> bool:
+    """Whether a step is written as `training_step(self, dataloader_iter)`: it takes its batch itself."""
+    return "dataloader_iter" in inspect.signature(step).parameters
+
+
+def with_iterator(step: Call, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+    """Call such a step with an iterator, whose `next` is the step's batch, its index and its loader's."""
+    return step(_one(batch, batch_idx, dataloader_idx))
+
+
+def _one(*item: Any) -> Iterator[Any]:
+    yield item
+    raise MisconfigurationException(
+        "a step took a second item from its dataloader_iter. There is one for each step: (batch, batch_idx, "
+        "dataloader_idx). To see several batches at once, let the loader make larger ones."
+    )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.errors import MisconfigurationException
+from trainkit.export import Exports, scriptable
 from trainkit.hparams import HyperParameters
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from trainkit.update import StepOptimizer
 
 
-class Module(HyperParameters, nn.Module):
+@scriptable
+class Module(HyperParameters, Exports, nn.Module):
     """What is trained. Write `training_step` and `configure_optimizers`; override anything else you need.
 
     Example:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from trainkit.errors import MisconfigurationException, nearest, warn
+from trainkit.errors import MisconfigurationException, WrongTypeException, nearest, warn
+from trainkit.hooks import accepts, is_overridden
 
 if TYPE_CHECKING:
     from trainkit.module import Module
@@ -75,7 +76,7 @@ def configure(module: Module) -> tuple[list[Optimizer], list[LRSchedulerConfig]]
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise MisconfigurationException(f"{FORMS}. Received among the optimizers: {optimizer!r}.")
-    configs = [scheduler_config(scheduler) for scheduler in schedulers]
+    configs = [scheduler_config(scheduler, module) for scheduler in schedulers]
     for config in configs:
         owner = getattr(config.scheduler, "optimizer", None)
         if owner is not None and all(owner is not optimizer for optimizer in optimizers):
@@ -94,7 +95,8 @@ def _from_dicts(dicts: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any
         if unknown:
             warn(
                 f"configure_optimizers: {', '.join(map(repr, sorted(unknown)))} means nothing beside 'optimizer', "
-                "'lr_scheduler' and 'monitor'."
+                "'lr_scheduler' and 'monitor'.",
+                RuntimeWarning,
             )
         optimizers.append(given["optimizer"])
         scheduler = given.get("lr_scheduler")
@@ -106,15 +108,18 @@ def _from_dicts(dicts: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any
     return optimizers, schedulers
 
 
-def scheduler_config(given: Any) -> LRSchedulerConfig:
-    """Return the settings of one schedule, given as itself, as a dict or as a finished config."""
+def scheduler_config(given: Any, module: Module) -> LRSchedulerConfig:
+    """Return the settings of one schedule, given as itself, as a dict or as a finished config.
+
+    With manual optimization the module moves its schedules itself, so there is less to say about them.
+    """
     if isinstance(given, LRSchedulerConfig):
         return given
     settings = dict(given) if isinstance(given, Mapping) else {"scheduler": given}
     known = set(LRSchedulerConfig.__dataclass_fields__)
     for key in settings:
         if key not in known:
-            warn(f"the lr scheduler's key {key!r} means nothing; {nearest(str(key), known)}")
+            warn(f"the lr scheduler's key {key!r} means nothing; {nearest(str(key), known)}", RuntimeWarning)
     if "scheduler" not in settings:
         raise MisconfigurationException(
             f"an lr scheduler's dict needs the key 'scheduler'. Received: {sorted(settings)}."
@@ -128,8 +133,15 @@ def scheduler_config(given: Any) -> LRSchedulerConfig:
     if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
         missing = [name for name in ("step", "state_dict", "load_state_dict") if not hasattr(scheduler, name)]
         if missing:
-            raise MisconfigurationException(
+            raise WrongTypeException(
                 f"an lr scheduler needs {', '.join(missing)}, which {type(scheduler).__name__} has not."
+            )
+        if not accepts(scheduler.step, int(config.reduce_on_plateau)) and not is_overridden(
+            module, "lr_scheduler_step"
+        ):
+            raise MisconfigurationException(
+                f"{type(scheduler).__name__}.step can't be called as torch's schedules are: override "
+                "lr_scheduler_step(self, scheduler, metric) and call it there as it wants to be."
             )
     if config.interval not in ("step", "epoch"):
         raise MisconfigurationException(
@@ -137,13 +149,13 @@ def scheduler_config(given: Any) -> LRSchedulerConfig:
         )
     if isinstance(config.frequency, bool) or not isinstance(config.frequency, int) or config.frequency < 1:
         raise MisconfigurationException(f"an lr scheduler's frequency is at least 1. Received: {config.frequency!r}.")
-    if config.reduce_on_plateau and config.monitor is None:
+    if config.reduce_on_plateau and config.monitor is None and module.automatic_optimization:
         raise MisconfigurationException(
             f"{type(scheduler).__name__} needs the name of the metric it watches: return "
             '{"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}.'
         )
     if interval_looks_wrong(config):
-        warn(f"{type(scheduler).__name__} is made for interval='step' but moves once an epoch here.")
+        warn(f"{type(scheduler).__name__} is made for interval='step' but moves once an epoch here.", RuntimeWarning)
     return config
 
 
@@ -187,5 +199,5 @@ class Schedules:
         )
         if config.strict:
             raise MisconfigurationException(message)
-        warn(message)
+        warn(message, RuntimeWarning)
         return None

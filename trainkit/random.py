@@ -45,15 +45,19 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     return seed
 
 
-def random_state() -> dict[str, Any]:
-    """Return the state of every random source, as tensors and plain values."""
+def random_state(include_cuda: bool = True) -> dict[str, Any]:
+    """Return the state of every random source, as tensors and plain values.
+
+    Args:
+        include_cuda: False leaves CUDA alone, for a forked process that can't use it.
+    """
     kind, keys, position, has_gauss, gauss = _numpy().get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(gauss)],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if include_cuda and torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
@@ -77,9 +81,13 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def isolated_random() -> Iterator[None]:
-    """Give every random source its state back on exit."""
-    state = random_state()
+def isolated_random(include_cuda: bool = True) -> Iterator[None]:
+    """Give every random source its state back on exit, after errors too; Lightning's `isolate_rng`.
+
+    Args:
+        include_cuda: False leaves CUDA alone, for a forked process that can't use it.
+    """
+    state = random_state(include_cuda)
     try:
         yield
     finally:

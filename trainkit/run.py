@@ -20,7 +20,7 @@ from trainkit.checkpoint import restore
 from trainkit.data.sources import Sources
 from trainkit.data.transfer import transfer_of
 from trainkit.datamodule import DataModule
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, SearchOver
 from trainkit.hooks import Hooks, is_overridden
 from trainkit.hparams import merged_hparams
 from trainkit.metrics import Metrics
@@ -65,6 +65,11 @@ def running(
             trainer.hooks.on_fit_end()
         status = "success"
         trainer.state.status = TrainerStatus.FINISHED
+    except SearchOver:
+        trainer.strategy.teardown(trainer.module)
+        status = "success"
+        trainer.state.status = TrainerStatus.FINISHED
+        raise
     except BaseException as error:
         interrupted = trainer.interruption.signal is not None or isinstance(error, KeyboardInterrupt)
         status = "interrupted" if interrupted else "failed"
@@ -142,20 +147,21 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     if is_overridden(module, "configure_model"):
         with trainer.init_module():
             recorded(trainer, "LightningModule", module, "configure_model")()
+    trainer.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones must not pass float32
     if trainer.checkpoint is not None:
         restore.restore_weights(trainer, trainer.checkpoint, Path(trainer.resume_path or ""))
-    trainer.precision_plugin.convert_module(module)
     trainer.strategy.setup(module)
-    if fitting:
-        configure_optimizers(trainer)
-        hooks.on_fit_start()
-    if trainer.enable_autolog_hparams:
-        log_hyperparameters(trainer)
-    trainer.precision_plugin.attach(trainer.optimizers if fitting else [], trainer.device)
     trainer.transfer = transfer_of(trainer.strategy, module, trainer.datamodule)
     if trainer.actions is not None and trainer.transfer is not None:
         name = f"[Strategy]{type(trainer.strategy).__name__}.batch_to_device"
         trainer.transfer = trainer.actions.wrap(name, trainer.transfer)
+    if fitting:
+        configure_optimizers(trainer)
+    trainer.precision_plugin.attach(trainer.optimizers if fitting else [], trainer.device)
+    if fitting:
+        hooks.on_fit_start()  # from here on the loops can be called, as those who search a setting do
+    if trainer.enable_autolog_hparams:
+        log_hyperparameters(trainer)
     module.zero_grad()
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,7 @@ from trainkit.data.transfer import Transfer, check_device
 from trainkit.datamodule import DataModule
 from trainkit.empty_init import EmptyInit
 from trainkit.errors import MisconfigurationException, NoCheckpointError, warn
-from trainkit.hooks import fitted, is_overridden
+from trainkit.hooks import fitted, is_overridden, takes_iterator, with_iterator
 from trainkit.loggers import Logger
 from trainkit.metrics import Metrics
 from trainkit.module import Module
@@ -396,8 +397,14 @@ class Trainer(Status):
     # ------------------------------------------------------------------ what the loops ask
     def wrapped_step(self, name: str, num_dataloaders: int = 1) -> Callable[..., Any]:
         """Return a step of the module as the loop calls it, in the run's precision and strategy."""
+        method = getattr(self.module, name)
+        if takes_iterator(method):
+            return self._wrapped(name, partial(with_iterator, method))
         given = ("batch", "batch_idx") if name == "training_step" else ("batch", "batch_idx", "dataloader_idx")
-        step = fitted(getattr(self.module, name), name, given, 1 if num_dataloaders == 1 else 3, num_dataloaders)
+        step = fitted(method, name, given, 1 if num_dataloaders == 1 else 3, num_dataloaders)
+        return self._wrapped(name, step)
+
+    def _wrapped(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         actions = self.actions
         if actions is not None:
             step = actions.wrap(f"[LightningModule]{type(self.module).__name__}.{name}", step)

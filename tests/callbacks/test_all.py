@@ -204,10 +204,7 @@ CASES = {
     "WeightAveraging": Case(C.WeightAveraging, Never),
 }
 NO_CALLBACKS = {"RichProgressBarTheme"}  # exported beside the callbacks that take them
-COMING = {
-    "BasePredictionWriter", "BatchSizeFinder", "DeviceStatsMonitor", "LearningRateFinder", "RichModelSummary",
-    "SpikeDetection", "TQDMProgressBar", "ThroughputMonitor",
-}  # fmt: skip
+COMING = {"BatchSizeFinder", "LearningRateFinder"}
 """What is in the table before it is exported."""
 NAMES = sorted(CASES.keys() & set(C.__all__))
 

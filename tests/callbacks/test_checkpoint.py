@@ -675,6 +675,14 @@ def test_last_is_there_at_the_end_if_nothing_was_saved_before() -> None:
     assert store.load(checkpoint.last_model_path)["optimizer_states"]
 
 
+def test_the_file_a_run_was_resumed_from_stays(tmp_path: Path) -> None:
+    fit(Scripted([2.0]), ModelCheckpoint(tmp_path, "{epoch}", monitor="val"), max_epochs=1)
+    again = ModelCheckpoint(tmp_path, "{epoch}", monitor="val")
+    fit(Scripted([9.0, 1.0, 0.5]), again, max_epochs=3, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert saved(tmp_path) == ["epoch=0.ckpt", "epoch=2.ckpt"]
+    assert [os.path.basename(path) for path in again.best_k_models] == ["epoch=2.ckpt"]
+
+
 def test_of_equal_ones_the_earliest_goes_first() -> None:
     checkpoint = ModelCheckpoint(monitor="val", save_top_k=2, filename="{epoch}")
     fit(Scripted([1.0, 1.0, 0.5]), checkpoint, max_epochs=3)
@@ -687,8 +695,10 @@ def test_the_score_and_the_worst_speak_of_what_is_kept() -> None:
     assert os.path.basename(checkpoint.kth_best_model_path) == "epoch=1-step=8.ckpt"
     assert (checkpoint.kth_value, checkpoint.current_score) == (3.0, 2.0)
     checkpoint = ModelCheckpoint("best", monitor="val")
-    fit(Scripted([1.0, 3.0, 2.0]), checkpoint, max_epochs=3)
+    trainer = fit(Scripted([1.0, 3.0, 2.0]), checkpoint, max_epochs=3)
     assert checkpoint.current_score == 1.0
+    asked = [None, torch.tensor(1.0), torch.tensor(0.9), torch.tensor(math.nan)]
+    assert [checkpoint.check_monitor_top_k(trainer, score) for score in asked] == [False, False, True, False]
 
 
 def test_a_slash_in_the_template_makes_directories_that_are_tidied_as_the_others() -> None:

@@ -170,8 +170,9 @@ def test_arguments_that_can_not_work_are_refused_at_once(arguments: dict[str, An
 
 def test_a_missing_metric_is_an_error_that_says_what_there_is() -> None:
     message = r"EarlyStopping\(monitor='vall'\): there is no such metric .*Did you mean 'val'\? There is: val\."
-    with pytest.raises(MisconfigurationException, match=message):
+    with pytest.raises(MisconfigurationException, match=message) as caught:
         fit(Scripted([1.0]), EarlyStopping("vall"), max_epochs=3)
+    assert isinstance(caught.value, RuntimeError)
 
 
 def test_a_missing_metric_is_a_warning_if_one_is_not_strict() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from trainkit import Callback, Trainer
+from trainkit.callbacks import LearningRateFinder
 from trainkit.profiler import Profiler, SimpleProfiler
 
 QUIET = {
@@ -201,3 +202,16 @@ def test_without_a_profiler_the_steps_are_called_as_they_are(TinyModule: Any, Ti
 
     Trainer(**QUIET, max_steps=1, callbacks=Looks()).fit(TinyModule(), TinyData())
     assert seen == [(None, True), None]
+
+
+def test_a_search_that_leaves_a_loop_in_the_middle_does_not_disturb(
+    TinyModule: Any, TinyData: Any, tmp_path: Path
+) -> None:
+    profiler = Stack()
+    trainer = Trainer(
+        **QUIET, default_root_dir=tmp_path, max_epochs=1, profiler=profiler,
+        callbacks=LearningRateFinder(num_training_steps=12),
+    )  # fmt: skip
+    trainer.fit(TinyModule(), TinyData())
+    assert profiler.open == []
+    assert "[Callback]LearningRateFinder.on_fit_start" in profiler.parents["run_training_epoch"]

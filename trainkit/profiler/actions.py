@@ -71,6 +71,7 @@ class Actions:
             def then_begin(*args: Any) -> Any:
                 answer = call(*args)
                 if answer != -1:  # -1: on_train_batch_start skips the rest of the epoch
+                    self._end(name, _nothing)  # who searches a setting leaves a loop in the middle, and begins another
                     self._open.append(name)
                     self.profiler.start(name)
                 return answer

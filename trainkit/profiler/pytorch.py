@@ -105,7 +105,7 @@ class PyTorchProfiler(Profiler):
         """Torch's profiler, while something is being profiled."""
         self.function_events: EventList | None = None
         """The operators that were recorded; of the last run after its end."""
-        self._labels: ModuleLabels | None = None
+        self._labels: RegisterRecordFunction | None = None
         self._open: dict[str, record_function] = {}  # actions under way, the innermost last
         self._window = Window(self.schedule)
 
@@ -146,7 +146,8 @@ class PyTorchProfiler(Profiler):
         self.function_events = None
         module = self._lightning_module
         if module is not None and self.record_module_names:
-            self._labels = ModuleLabels(module)
+            self._labels = RegisterRecordFunction(module)
+            self._labels.__enter__()
         if self.emit_nvtx:
             self.profiler = NVTX()
         else:
@@ -179,7 +180,7 @@ class PyTorchProfiler(Profiler):
         for action in reversed(list(self._open)):
             self._open.pop(action).__exit__(None, None, None)
         if self._labels is not None:
-            self._labels.remove()
+            self._labels.__exit__()
             self._labels = None
         if self.profiler is not None:
             profiler, self.profiler = self.profiler, None
@@ -257,36 +258,43 @@ class Window:
         return partial(whole, most)
 
 
-class ModuleLabels:
-    """Mark in a trace which submodule is running.
+class RegisterRecordFunction:
+    """Mark in a trace which submodule is running, inside a `with` block.
 
     Args:
-        module: whose submodules.
+        model: whose submodules.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> with torch.profiler.profile() as profiler, RegisterRecordFunction(model):
+        ...     _ = model(torch.ones(1, 2))
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.handles: list[RemovableHandle] = []
-        for name, part in module.named_modules():
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        for name, part in self._model.named_modules():
             if name:
                 label = f"[pl][module]{type(part).__module__}.{type(part).__name__}: {name}"
                 running: list[record_function] = []
-                self.handles += [
-                    part.register_forward_pre_hook(partial(self._enter, label, running)),
-                    part.register_forward_hook(partial(self._exit, running), always_call=True),
+                self._handles += [
+                    part.register_forward_pre_hook(partial(self._begin, label, running)),
+                    part.register_forward_hook(partial(self._finish, running), always_call=True),
                 ]
 
-    def _enter(self, label: str, running: list[record_function], *_: Any) -> None:
+    def _begin(self, label: str, running: list[record_function], *_: Any) -> None:
         running.append(record_function(label))
         running[-1].__enter__()  # type: ignore[no-untyped-call]
 
-    def _exit(self, running: list[record_function], *_: Any) -> None:
+    def _finish(self, running: list[record_function], *_: Any) -> None:
         if running:
             running.pop().__exit__(None, None, None)
 
-    def remove(self) -> None:
-        """Leave the module as it was."""
-        for handle in self.handles:
-            handle.remove()
+    def __exit__(self, *error: Any) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
 
 class NVTX:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainkit.data_hooks import DataHooks
 from trainkit.errors import MisconfigurationException
 from trainkit.export import Exports, scriptable
-from trainkit.hparams import HyperParameters
+from trainkit.hparams import HyperParameters, class_only
 from trainkit.log import Logs
 
 if TYPE_CHECKING:
@@ -248,10 +248,10 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
             parameter.requires_grad = True
         return self.train()
 
-    @classmethod
+    @class_only
     def load_from_checkpoint(
         cls,
-        checkpoint_path: str | PathLike[str],
+        checkpoint_path: str | PathLike[str] | IO[bytes],
         map_location: Any = None,
         hparams_file: str | PathLike[str] | None = None,
         strict: bool | None = None,
@@ -261,20 +261,21 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
         """Make the module again from a checkpoint: its saved hyperparameters, then its weights.
 
         Args:
-            checkpoint_path: the file.
+            checkpoint_path: the file, trainkit's or Lightning's, or an open one.
             map_location: a device for the weights (default: the cpu).
-            hparams_file: a YAML file with hyperparameters, for checkpoints that have none.
+            hparams_file: a YAML or CSV file with hyperparameters, in place of the checkpoint's.
             strict: whether parameters must match exactly (default: the module's `strict_loading`).
             weights_only: kept for Lightning's signature; nothing in a file is ever executed.
             kwargs: arguments of `__init__` that override the saved ones.
 
         Raises:
             CheckpointError: no such file, not a checkpoint, or weights that do not fit; the message names them.
-            TypeError: `__init__` needs an argument that was not saved and not given.
+            TypeError: `__init__` needs an argument that was not saved and not given; or it was called on an object.
+            ValueError: `strict` contradicts the module; or the file asks for code that the program has not imported.
         """
-        from trainkit.checkpoint.restore import rebuild
+        from trainkit.checkpoint.rebuild import rebuild_module
 
-        rebuilt: Self = rebuild(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
+        rebuilt: Self = rebuild_module(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
         return rebuilt
 
     def __getstate__(self) -> dict[str, Any]:

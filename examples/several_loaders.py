@@ -1,7 +1,9 @@
 """Train from several loaders at once: a few labelled digits, and many without labels (FixMatch).
 
 Run it with `trainkit fit --config configs/several_loaders.yaml`, or without YAML with
-`python -m examples.several_loaders`, which shows what the images without labels are worth.
+`python -m examples.several_loaders`, which shows what the images without labels are worth. With four labelled images of
+each digit and 40 epochs, SLA of the images held back are read right, and SLB when all others help without their labels;
+of images with holes, SLC and SLD (the script, SLT of one CPU core).
 """
 
 from __future__ import annotations

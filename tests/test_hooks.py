@@ -187,16 +187,16 @@ def test_the_table_can_be_printed() -> None:
     [
         (
             "on_train_batch_end",
-            lambda self, trainer, module, batch: None,
-            r"Wrong\.on_train_batch_end takes \(trainer, module, batch\) but is called with "
-            r"\(trainer, module, outputs, batch, batch_idx\)",
+            lambda self, trainer, pl_module, batch: None,
+            r"Wrong\.on_train_batch_end takes \(trainer, pl_module, batch\) but is called with "
+            r"\(trainer, pl_module, outputs, batch, batch_idx\)",
         ),
-        ("on_train_start", lambda self: None, r"takes \(\) but is called with \(trainer, module\)"),
-        ("setup", lambda self, trainer, module: None, r"\(trainer, module, stage\)"),
-        ("on_train_batch_start", lambda self, trainer, module, batch, batch_idx, more: None, "batch_idx, more"),
-        ("on_train_end", lambda self, trainer, module, *, needed: None, "takes .*needed"),
-        ("on_validation_batch_end", lambda self, trainer, module, outputs, batch: None, "dataloader_idx"),
-        ("on_exception", lambda self, trainer, module: None, "exception"),
+        ("on_train_start", lambda self: None, r"takes \(\) but is called with \(trainer, pl_module\)"),
+        ("setup", lambda self, trainer, pl_module: None, r"\(trainer, pl_module, stage\)"),
+        ("on_train_batch_start", lambda self, trainer, pl_module, batch, batch_idx, more: None, "batch_idx, more"),
+        ("on_train_end", lambda self, trainer, pl_module, *, needed: None, "takes .*needed"),
+        ("on_validation_batch_end", lambda self, trainer, pl_module, outputs, batch: None, "dataloader_idx"),
+        ("on_exception", lambda self, trainer, pl_module: None, "exception"),
     ],
 )  # fmt: skip
 def test_a_callbacks_wrong_signature_is_refused_before_anything_runs(hook: str, method: Any, message: str) -> None:
@@ -220,9 +220,9 @@ def test_a_modules_wrong_signature_is_refused_too() -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        lambda self, trainer, module, outputs, batch, batch_idx: None,
-        lambda self, trainer, module, outputs, batch, batch_idx, dataloader_idx: None,
-        lambda self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0, more=None: None,
+        lambda self, trainer, pl_module, outputs, batch, batch_idx: None,
+        lambda self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx: None,
+        lambda self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0, more=None: None,
         lambda self, *arguments: None,
         lambda self, trainer, *arguments, **more: None,
     ],

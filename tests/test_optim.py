@@ -388,7 +388,7 @@ def test_a_watched_metric_that_is_not_there_is_an_error_that_says_what_is() -> N
 def test_a_watched_metric_may_come_later_if_the_schedule_is_not_strict() -> None:
     rates = Rates()
     trainer = trainer_of(callbacks=rates, max_epochs=6, check_val_every_n_epoch=2)
-    with pytest.warns(UserWarning, match="which was not logged so far"):
+    with pytest.warns(RuntimeWarning, match="which was not logged so far"):
         trainer.fit(Watched(strict=False), loader(), loader())
     # validated after epochs 2, 4 and 6 with 3, 2 and 1; between them the old value is no improvement
     assert rates.during[::BATCHES] == [0.1, 0.1, 0.1, 0.05, 0.05, 0.025]

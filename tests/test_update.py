@@ -324,6 +324,16 @@ def test_the_optimizer_that_user_code_gets_stands_for_its_own() -> None:
     assert trainer.global_step == 2
 
 
+def test_an_optimizer_may_be_wrapped_without_a_run() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = StepOptimizer(torch.optim.SGD([parameter], lr=1.0))
+    parameter.grad = torch.ones(2)
+    assert optimizer.step(lambda: torch.tensor(3.0)) == 3.0
+    assert torch.equal(parameter.detach(), torch.zeros(2))
+    with pytest.raises(MisconfigurationException, match=r"from self\.optimizers"), optimizer.toggle_model():
+        pass
+
+
 def test_manual_backward_is_refused_with_automatic_optimization() -> None:
     class Both(Net):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from trainkit.errors import MisconfigurationException
 from trainkit.hooks import is_overridden
 
 if TYPE_CHECKING:
@@ -155,9 +156,13 @@ class StepOptimizer:
 
     Its `step` goes through the precision, the hook `on_before_optimizer_step` and the clipping; everything else is the
     optimizer's own. It passes `isinstance(optimizer, type(optimizer.optimizer))`.
+
+    Args:
+        optimizer: what it stands for.
+        trainer: whose run it steps in; without one a step is the optimizer's own.
     """
 
-    def __init__(self, optimizer: Optimizer, trainer: Trainer) -> None:
+    def __init__(self, optimizer: Optimizer, trainer: Trainer | None = None) -> None:
         self.optimizer = optimizer
         self.moved = True
         """Whether the last step changed the weights; a float16 gradient that overflowed holds them."""
@@ -173,6 +178,8 @@ class StepOptimizer:
             options: for the optimizer's own `step`.
         """
         trainer, optimizer = self._trainer, self.optimizer
+        if trainer is None:
+            return optimizer.step(closure, **options)
         precision, clip, about_to_step = (
             trainer.precision_plugin,
             trainer.update.clip,
@@ -214,6 +221,8 @@ class StepOptimizer:
         Args:
             sync_grad: False keeps gradients of several processes apart until a later block; with one process, nothing.
         """
+        if self._trainer is None:
+            raise MisconfigurationException("toggle_model needs an optimizer of a run, from self.optimizers().")
         module = self._trainer.module
         module.toggle_optimizer(self)
         try:

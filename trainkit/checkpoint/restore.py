@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from trainkit.checkpoint import lightning, store
 from trainkit.errors import CheckpointError, NoCheckpointError, warn
 from trainkit.hparams import namespaces_of, plain_hparams
+from trainkit.loggers.base import runs_directory
 from trainkit.stages import TrainerFn
 from trainkit.state import ByKey, resume_state
 
@@ -228,11 +229,11 @@ def find_last(trainer: Trainer) -> Path | None:
     if rescued:
         ours = [store.newest(folder) for folder in folders if any(folder.glob("*.ckpt"))]
         return max([*rescued, *(path for path in ours if path)], key=store.step_of)
-    if not folders and trainer.logger is not None and trainer.logger.root_dir:
-        root = Path(trainer.logger.root_dir)
+    if not folders and trainer.logger is not None:
+        root = Path(runs_directory(trainer.logger, trainer.default_root_dir))
         runs = [run for run in root.iterdir() if run.is_dir()] if root.is_dir() else []
-        folders = [run / "checkpoints" for run in sorted(runs, key=_run_number, reverse=True)]
-    if not folders:
+        folders = [run / "checkpoints" for run in (*sorted(runs, key=_run_number, reverse=True), root)]
+    elif not folders:
         folders = [Path(trainer.default_root_dir) / "checkpoints"]
     for folder in folders:
         if not any(folder.glob("*.ckpt")):

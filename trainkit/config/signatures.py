@@ -193,13 +193,17 @@ def _is_slot(choice: Any) -> bool:
     return choice.__module__.partition(".")[0] not in sys.stdlib_module_names
 
 
+_OTHERS_TOOLS = ("trainkit.config.", "trainkit.lightning.cli", "trainkit.lightning.parser")
+"""Classes of these modules belong to a command line itself, this one or LightningCLI."""
+
+
 def fitting_classes(slots: Iterable[type[Any]]) -> list[type[Any]]:
     """Return the imported classes that fit a slot; private and abstract ones are left out."""
     found: dict[type[Any], None] = {}
 
     def visit(cls: type[Any]) -> None:
         private = cls.__name__.startswith("_") or "<locals>" in cls.__qualname__
-        if not private and not inspect.isabstract(cls) and not cls.__module__.startswith("trainkit.config."):
+        if not private and not inspect.isabstract(cls) and not cls.__module__.startswith(_OTHERS_TOOLS):
             found[cls] = None
         for inner in cls.__subclasses__():
             visit(inner)

@@ -136,7 +136,7 @@ class Sources:
         self.loaders[kind] = []
         optional = trainer.stage == "fit"
         if optional and (limit == 0 or not is_overridden(trainer.module, STEP[kind])):
-            if limit != 0 and self.given.get(kind) is not None:
+            if limit != 0 and self.has_loader(kind):
                 warn(f"there are validation loaders but no {STEP[kind]}: validation is left out.")
             self.loaders[kind] = []
             return

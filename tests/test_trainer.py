@@ -151,7 +151,8 @@ def test_overfit_batches_gives_the_same_batches_in_the_same_order(TinyModule: An
             return super().training_step(batch, batch_idx)
 
     trainer = Trainer(**BARE, max_epochs=2, overfit_batches=2)
-    trainer.fit(Sees(), datamodule=TinyData(shuffle=True))
+    with pytest.warns(UserWarning, match="the shuffling of train_dataloader is turned off"):
+        trainer.fit(Sees(), datamodule=TinyData(shuffle=True))
     assert len(seen) == 4
     assert seen[:2] == seen[2:]
     assert trainer.num_val_batches == [2]
@@ -569,7 +570,7 @@ def test_a_signal_finishes_the_step_and_saves(
     assert "Traceback" not in stopped.stderr
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 12
-    assert saved["progress"] == {"epoch": 1, "batch": 4, "step": 12, "total_batch": 12}
+    assert saved["progress"] == {"epoch": 1, "batch": 4, "step": 12, "total_batch": 12, "window": 12}
     resumed = run("no", str(workers))
     assert resumed.stdout.startswith("24 "), resumed.stderr
     assert "last.ckpt" in resumed.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from trainkit.errors import MisconfigurationException, warn
 from trainkit.metrics import TRAIN_BATCH
 
 if TYPE_CHECKING:
-    from trainkit.data.loader import Loader
+    from trainkit.data.loader import Batches
     from trainkit.trainer import Trainer
 
 
@@ -28,17 +27,17 @@ def fit(trainer: Trainer) -> None:
     transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
     backward, zero_grad, clip = update.backward, update.zero_grad, update.clip  # None: nothing that is not here
     needs_grad, replay = not update.own_backward, update.replay(training_step, loss_of)
-    log_every = trainer.log_every_n_steps or sys.maxsize
+    log_every = trainer.log_every_n_steps if trainer.loggers else 0
+    metrics.x = progress.window
 
     hooks.on_train_start()
     while not trainer.done:
         start, gradients = progress.batch, False
         is_last = True  # until a batch says otherwise: a resumed epoch may have none left
         if start == 0:  # else: resumed inside this epoch
-            sources.reload_if_due(progress.epoch)
-            metrics.start_epoch()
+            sources.reload_if_due()
             hooks.on_train_epoch_start()
-        metrics.hook, metrics.epoch_ended = TRAIN_BATCH, False
+        metrics.start_batches(TRAIN_BATCH)
 
         for batch_idx, batch, is_last in sources.train.epoch(progress.epoch, start):
             trainer.is_last_batch = is_last
@@ -46,7 +45,7 @@ def fit(trainer: Trainer) -> None:
                 batch = transfer(batch, 0)
             if batch_idx == start:
                 trainer.check_batch(batch)
-            metrics.batch = batch
+            metrics.batch, metrics.x = batch, progress.window
             if hooks.on_train_batch_start(batch, batch_idx) == -1:  # the rest of the epoch is skipped
                 if automatic:
                     schedules.move(schedules.by_epoch, progress.epoch + 1)
@@ -95,17 +94,19 @@ def fit(trainer: Trainer) -> None:
             # Count, then tell, log and validate: from here on the counters speak of finished things only.
             progress.batch += 1
             progress.total_batch += 1
+            progress.window += window_ends
             progress.step += stepped  # a held float16 update counts, too, as in Lightning
             if is_last and automatic:
                 schedules.move(schedules.by_epoch, progress.epoch + 1)
             hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
-            if stepped and (progress.step % log_every == 0 or trainer.should_stop):
-                trainer.log_metrics(metrics.step_metrics())
+            if log_every and window_ends and (progress.window % log_every == 0 or trainer.should_stop):
+                trainer.log_metrics(metrics.row())
             if trainer.validation_due(is_last):
                 if window_ends:
+                    metrics.hook = "on_validation_model_zero_grad"
                     module.on_validation_model_zero_grad()
-                evaluate(trainer, "validation", sources.loaders["val"])
-                metrics.resume_train(TRAIN_BATCH)
+                evaluate(trainer, "validation", sources.validation())
+                metrics.leave_evaluation(TRAIN_BATCH)
                 trainer.is_last_batch = is_last
             if stepped and automatic and schedules.plateau_by_step:
                 schedules.move(schedules.plateau_by_step, progress.step)
@@ -116,13 +117,14 @@ def fit(trainer: Trainer) -> None:
             if window_ends:
                 hooks.on_save_point()
 
-        metrics.batch = None
         if is_last or not trainer.interrupted:  # a limit inside an epoch ends it early, a signal leaves it open
-            metrics.epoch_ended = True
+            metrics.end_batches()
+            metrics.x = max(progress.window - 1, 0)  # that of the epoch's last row
             hooks.on_train_epoch_end()
             if is_last and automatic:
                 schedules.move(schedules.plateau_by_epoch, progress.epoch + 1)
-            trainer.log_metrics(metrics.epoch_metrics())
+            trainer.log_metrics(metrics.end_epoch(whole=is_last))
+            metrics.x = progress.window
         if is_last:
             progress.epoch, progress.batch = progress.epoch + 1, 0
         hooks.on_save_point()
@@ -130,8 +132,13 @@ def fit(trainer: Trainer) -> None:
     hooks.on_train_end()
 
 
-def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[str, float]]:
-    """Run "validation" or "test" over every loader in turn and return what was logged, a dict for each loader."""
+def evaluate(trainer: Trainer, stage: str, loaders: list[Batches]) -> list[dict[str, float]]:
+    """Run "validation" or "test" over every loader in turn and return what was logged, a dict for each loader.
+
+    Loaders that are drawn from at once are one here. Without a batch nothing runs.
+    """
+    if not any(loader.num_batches for loader in loaders):
+        return []
     hooks, metrics, transfer = trainer.hooks.evaluation(stage, len(loaders)), trainer.metrics, trainer.transfer
     step_name = f"{stage}_step"
     step = trainer.wrapped_step(step_name, len(loaders))
@@ -140,9 +147,8 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[s
     with trainer.evaluation_mode(stage):
         hooks.start()
         hooks.epoch_start()
-        metrics.hook = step_name
         for dataloader_idx, loader in enumerate(loaders):
-            table.dataloader_idx = dataloader_idx
+            evaluated, batch_idx = metrics.begin_loader(dataloader_idx, step_name), -1
             for batch_idx, batch, is_last in loader.epoch(trainer.progress.epoch):
                 trainer.is_last_batch = is_last
                 if transfer is not None:
@@ -154,17 +160,23 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[s
                 output = step(batch, batch_idx, dataloader_idx)
                 hooks.batch_end(output, batch, batch_idx, dataloader_idx)
                 if table.logs_steps:
-                    trainer.log_metrics(metrics.evaluation_step_metrics(), step=batch_idx)
-        metrics.batch, table.dataloader_idx = None, 0
+                    trainer.log_metrics(metrics.row(), step=evaluated + batch_idx)
+            metrics.end_loader(dataloader_idx, batch_idx + 1)
+        metrics.end_loaders()
         hooks.epoch_end()
-        results = metrics.evaluation_results()
-        trainer.log_metrics(metrics.evaluation_metrics())
+        results, values = metrics.end_evaluation()
+        trainer.log_metrics(values)
         hooks.end()
     return results
 
 
-def predict(trainer: Trainer, loaders: list[Loader], keep: bool) -> list[Any]:
-    """Run `predict_step` over every loader and return what it gave, on the host; a list for each loader."""
+def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] | None:
+    """Run `predict_step` over every loader and return what it gave, on the host; a list for each of several loaders.
+
+    Without a batch nothing runs, and there is nothing to return.
+    """
+    if not any(loader.num_batches for loader in loaders):
+        return None
     hooks, metrics, transfer = trainer.hooks.evaluation("predict", len(loaders)), trainer.metrics, trainer.transfer
     step = trainer.wrapped_step("predict_step", len(loaders))
     predictions: list[list[Any]] = [[] for _ in loaders]

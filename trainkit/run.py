@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 from trainkit import components
 from trainkit.checkpoint import restore
 from trainkit.data.sources import Sources
-from trainkit.data.transfer import transfer_of
+from trainkit.data.transfer import TRANSFER_HOOKS, transfer_of
 from trainkit.datamodule import DataModule
 from trainkit.errors import MisconfigurationException, SearchOver
-from trainkit.hooks import Hooks, is_overridden
+from trainkit.hooks import Hooks, announced, is_overridden
 from trainkit.hparams import merged_hparams
-from trainkit.metrics import Metrics
+from trainkit.metrics import Metrics, NoMetrics
 from trainkit.module import Module
 from trainkit.optim import Schedules, configure
 from trainkit.profiler.actions import actions_of, recorded
+from trainkit.random import seed_of_state
 from trainkit.signals import Interrupted
 from trainkit.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainkit.update import StepOptimizer, Update
@@ -108,13 +109,15 @@ def attach(
     trainer.module = module
     trainer.datamodule = datamodule
     trained = trainer.sources.loaders.get("train") if fn != TrainerFn.FITTING else None
-    trainer.sources = Sources(trainer, sources)
+    trainer.sources = Sources(trainer, sources, seed_of_state())
     if trained is not None:  # so that what fit left behind can still be saved
         trainer.sources.loaders["train"] = trained
     trainer.state = TrainerState(TrainerStatus.RUNNING, fn, LOOP[fn])
     trainer.should_stop = False
     trainer.interruption.signal = None
-    trainer.metrics = Metrics()
+    kind = NoMetrics if trainer.barebones else Metrics
+    trainer.metrics = kind(module, has_logger=bool(trainer.loggers))
+    trainer.metrics.x = trainer.progress.window
     if fn == TrainerFn.FITTING:
         if trainer.max_epochs is None:
             trainer.max_epochs = 1000  # nothing else limits the run
@@ -125,7 +128,10 @@ def attach(
     module.attach(trainer, trainer.metrics)
     if datamodule is not None:
         datamodule.trainer = trainer
+    trainer.metrics.hook = "configure_callbacks"
     trainer.callbacks = components.with_callbacks_of(module, trainer.callbacks)
+    for callback in trainer.callbacks:
+        callback._run_metrics = trainer.metrics
     trainer.hooks = Hooks(trainer, module, trainer.callbacks)
 
 
@@ -152,6 +158,8 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
         restore.restore_weights(trainer, trainer.checkpoint, Path(trainer.resume_path or ""))
     trainer.strategy.setup(module)
     trainer.transfer = transfer_of(trainer.strategy, module, trainer.datamodule)
+    if trainer.transfer is not None and any(is_overridden(o, name) for o in (*data, module) for name in TRANSFER_HOOKS):
+        trainer.transfer = announced(trainer, "transfer_batch_to_device", trainer.transfer)
     if trainer.actions is not None and trainer.transfer is not None:
         name = f"[Strategy]{type(trainer.strategy).__name__}.batch_to_device"
         trainer.transfer = trainer.actions.wrap(name, trainer.transfer)
@@ -190,6 +198,8 @@ def configure_optimizers(trainer: Trainer) -> None:
 
 def log_hyperparameters(trainer: Trainer) -> None:
     """Hand the module's and the data module's hyperparameters, and the graph, to the loggers, once a run."""
+    if not trainer.loggers:
+        return
     hparams = merged_hparams([owner for owner in (trainer.module, trainer.datamodule) if owner is not None])
     for logger in trainer.loggers:
         if hparams:
@@ -215,7 +225,7 @@ def tear_down(trainer: Trainer, fn: TrainerFn, data: list[DataModule], status: s
     trainer.checkpoint_io.teardown()
     trainer.accelerator.teardown()
     trainer.state.stage = None
-    trainer.metrics.batch = None
+    trainer.metrics.finish()
     if trainer.actions is not None:
         trainer.actions.close()
         trainer.actions = None

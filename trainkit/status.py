@@ -118,13 +118,13 @@ class Status:
         batches = self.num_training_batches
         if self.max_epochs is None or self.max_epochs == -1 or batches == math.inf:
             return self.max_steps if self.max_steps != -1 else math.inf
-        updates = math.ceil(batches / self.accumulate_grad_batches) * self.max_epochs
+        updates = math.ceil(batches / self.accumulate_grad_batches) * max(self.max_epochs, 1)
         return min(updates, self.max_steps) if self.max_steps != -1 else updates
 
     @property
     def log_step(self) -> int:
-        """The x value of what is logged now: in fit the 0-based index of the last update, else how many there were."""
-        return max(self.progress.step - 1, 0) if self.state.fn == TrainerFn.FITTING else self.progress.step
+        """The x value of what is logged now: in fit, how many updates were over before this batch."""
+        return self.metrics.x
 
     # ---- limits
     @property
@@ -215,7 +215,7 @@ class Status:
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
         """What the loggers got, newest values, as 0-dimensional tensors."""
-        return {name: torch.tensor(value) for name, value in self.metrics.logged.items()}
+        return self.metrics.logged_metrics
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
@@ -226,7 +226,7 @@ class Status:
     @property
     def num_training_batches(self) -> int | float:
         """Training batches of an epoch; infinity when the loader does not say."""
-        return next(iter(self.sources.num_batches("train")), math.inf)
+        return next((loader.num_batches for loader in self.sources.loaders.get("train", [])), math.inf)
 
     @property
     def num_val_batches(self) -> list[int | float]:
@@ -236,7 +236,8 @@ class Status:
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
         """Validation batches of each loader that the sanity check tries."""
-        return [min(self.num_sanity_val_steps, number) for number in self.num_val_batches]
+        batches = self.num_val_batches if self.state.fn is TrainerFn.FITTING else []
+        return [min(self.num_sanity_val_steps, number) for number in batches]
 
     @property
     def num_test_batches(self) -> list[int | float]:
@@ -250,22 +251,22 @@ class Status:
 
     @property
     def train_dataloader(self) -> Any:
-        """The training loader as the user made it, None before there is one."""
+        """The training loader as the user gave it, in its structure; None before there is one."""
         return self.sources.objects.get("train")
 
     @property
     def val_dataloaders(self) -> Any:
-        """The validation loaders as the user made them."""
+        """The validation loaders as the user gave them, in their structure."""
         return self.sources.objects.get("val")
 
     @property
     def test_dataloaders(self) -> Any:
-        """The test loaders as the user made them."""
+        """The test loaders as the user gave them, in their structure."""
         return self.sources.objects.get("test")
 
     @property
     def predict_dataloaders(self) -> Any:
-        """The predict loaders as the user made them."""
+        """The predict loaders as the user gave them, in their structure."""
         return self.sources.objects.get("predict")
 
     @property
@@ -276,7 +277,7 @@ class Status:
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         """What a sampler needs to know to give each process its part; None with one process."""
-        return None
+        return self.strategy.distributed_sampler_kwargs
 
     # ---- Lightning's loops
     @property

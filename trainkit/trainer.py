@@ -25,7 +25,7 @@ from trainkit.empty_init import EmptyInit
 from trainkit.errors import MisconfigurationException, NoCheckpointError, warn
 from trainkit.hooks import fitted, is_overridden, takes_iterator, with_iterator
 from trainkit.loggers import Logger
-from trainkit.metrics import Metrics
+from trainkit.metrics import Metrics, numbers
 from trainkit.module import Module
 from trainkit.optim import LRSchedulerConfig
 from trainkit.precision import Precision
@@ -305,6 +305,7 @@ class Trainer(Status):
         if steps == 0 or self.checkpoint is not None or not self.enable_validation:
             return
         self.state.stage = RunningStage.SANITY_CHECKING
+        self.metrics.forget()
         try:
             with isolated_random():
                 self.hooks.on_sanity_check_start()
@@ -430,6 +431,7 @@ class Trainer(Status):
         use_inference_mode = self.inference_mode and self.state.fn != TrainerFn.FITTING
         if before == RunningStage.TRAINING:
             self.state.stage = RunningStage.VALIDATING
+        self.metrics.hook = f"on_{stage}_model_eval"
         getattr(module, f"on_{stage}_model_eval")()
         try:
             with torch.inference_mode() if use_inference_mode else torch.no_grad():
@@ -438,6 +440,7 @@ class Trainer(Status):
             self.state.stage = before
             self._since_validation.restart()
             if is_overridden(module, f"on_{stage}_model_train"):
+                self.metrics.hook = f"on_{stage}_model_train"
                 getattr(module, f"on_{stage}_model_train")()
             else:
                 for part, training in modes:
@@ -450,17 +453,24 @@ class Trainer(Status):
         return map_tensors(lambda value: value.cpu() if isinstance(value, Tensor) else value, output)
 
     # ------------------------------------------------------------------ logging
-    def log_metrics(self, values: dict[str, float], step: int | None = None) -> None:
-        """Hand values to every logger; "epoch" is added, and a value called "step" is the x value."""
-        if not values or self.sanity_checking:
+    def log_metrics(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Hand values to every logger.
+
+        Args:
+            values: numbers, or tensors, which are read here.
+            step: their x value. Left out, a value called "step" is that; without one, it is `log_step`, and the
+                number of the epoch goes with the values.
+        """
+        if not values or self.sanity_checking or not self.loggers:
             return
-        self.metrics.logged.update(values)
-        x = self.log_step if step is None else step
-        if "step" in values:
-            x = int(values["step"])
-        row = {"epoch": self.current_epoch, **{name: value for name, value in values.items() if name != "step"}}
+        row = numbers(values)
+        if step is None:
+            x = row.pop("step", None)
+            if x is None:
+                row.setdefault("epoch", self.current_epoch)
+            step = self.log_step if x is None else int(x)
         for logger in self.loggers:
-            logger.log_metrics(row, x)
+            logger.log_metrics(row, step)
             logger.save()
 
     def print(self, *args: Any, **kwargs: Any) -> None:

@@ -159,11 +159,41 @@ def rebuild(
 ) -> Any:
     """Make a Module again from a checkpoint. See `Module.load_from_checkpoint`."""
     checkpoint = store.load(Path(path))
-    saved = dict(checkpoint.get("hyper_parameters") or {})
+    module = _made_again(cls, checkpoint, "", path, hparams_file, overrides)
+    if is_overridden(module, "configure_model"):
+        module.configure_model()
+    module.on_load_checkpoint(checkpoint)
+    load_weights(module, checkpoint, path, module.strict_loading if strict is None else strict)
+    if map_location is not None and not callable(map_location) and not isinstance(map_location, Mapping):
+        module.to(torch.device(map_location))
+    return module
+
+
+def rebuild_datamodule(
+    cls: type, path: str | PathLike[str], hparams_file: str | PathLike[str] | None, overrides: dict[str, Any]
+) -> Any:
+    """Make a DataModule again from a checkpoint. See `DataModule.load_from_checkpoint`."""
+    checkpoint = store.load(Path(path))
+    datamodule = _made_again(cls, checkpoint, "datamodule_", path, hparams_file, overrides)
+    if cls.__qualname__ in checkpoint:
+        datamodule.load_state_dict(checkpoint[cls.__qualname__])
+    return datamodule
+
+
+def _made_again(
+    cls: type,
+    checkpoint: dict[str, Any],
+    prefix: str,
+    path: str | PathLike[str],
+    hparams_file: str | PathLike[str] | None,
+    overrides: dict[str, Any],
+) -> Any:
+    """Call a class with the hyperparameters that a checkpoint has under a prefix."""
+    saved = dict(checkpoint.get(f"{prefix}hyper_parameters") or {})
     if hparams_file is not None:
         saved = _hparams_of(Path(hparams_file))
     parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    name = checkpoint.get("hparams_name", "kwargs")
+    name = checkpoint.get(f"{prefix}hparams_name", "kwargs")
     if name != "kwargs" and name in parameters:  # one argument held them all
         saved = {name: AttributeDict(saved)}
     arguments = {**saved, **overrides}
@@ -181,14 +211,7 @@ def rebuild(
             f"{cls.__name__} needs {', '.join(map(repr, missing))}, which {path} does not have. Give them to "
             "load_from_checkpoint, or call self.save_hyperparameters() in __init__ before training."
         )
-    module = cls(**arguments)
-    if is_overridden(module, "configure_model"):
-        module.configure_model()
-    module.on_load_checkpoint(checkpoint)
-    load_weights(module, checkpoint, path, module.strict_loading if strict is None else strict)
-    if map_location is not None and not callable(map_location) and not isinstance(map_location, Mapping):
-        module.to(torch.device(map_location))
-    return module
+    return cls(**arguments)
 
 
 def _hparams_of(path: Path) -> dict[str, Any]:

@@ -313,7 +313,7 @@ def test_the_weight_is_the_first_dimension_of_the_first_tensor(kind: str) -> Non
     batches = [nested(batch, kind) for batch in BATCHES]
     means = iter(batch.mean() for batch in BATCHES)
     trainer = trainer_of()
-    results = trainer.validate(Logs(val=lambda self, batch: self.log("x", next(means))), [batches], verbose=False)
+    results = trainer.validate(Logs(val=lambda self, batch: self.log("x", next(means))), iter(batches), verbose=False)
     assert results == [{"x": 4.5}]
 
 
@@ -321,13 +321,15 @@ def test_the_structure_may_change_from_batch_to_batch() -> None:
     kinds = ("tuple", "dict", "tensor")
     batches = [nested(batch, kind) for batch, kind in zip(BATCHES, kinds, strict=True)]
     means = iter(batch.mean() for batch in BATCHES)
-    results = trainer_of().validate(Logs(val=lambda self, batch: self.log("x", next(means))), [batches], verbose=False)
+    results = trainer_of().validate(
+        Logs(val=lambda self, batch: self.log("x", next(means))), iter(batches), verbose=False
+    )
     assert results == [{"x": 4.5}]
 
 
 def test_a_batch_without_tensors_weighs_one() -> None:
     results = trainer_of().validate(
-        Logs(val=lambda self, batch: self.log("x", float(len(batch)))), [[["a", "b"], ["c"], ["d"]]], verbose=False
+        Logs(val=lambda self, batch: self.log("x", float(len(batch)))), iter([["a", "b"], ["c"], ["d"]]), verbose=False
     )
     assert results == [{"x": pytest.approx(4 / 3)}]
 

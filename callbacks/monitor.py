@@ -149,7 +149,7 @@ def names(table: Table, kind: Literal["step", "epoch"]) -> set[str]:
     """Return what the values of a table are called that a step, or the end of an epoch, gives."""
     found: set[str] = set()
     for metric in table.metrics.values():
-        if metric.last is not None and (metric.on_step if kind == "step" else metric.on_epoch):
+        if metric.logged and (metric.on_step if kind == "step" else metric.on_epoch):
             found.add(metric.name + metric.suffix)
             if metric.on_step and metric.on_epoch:
                 found.add(f"{metric.name}_{kind}{metric.suffix}")

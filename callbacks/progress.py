@@ -175,7 +175,8 @@ class RichProgressBar(ProgressBar):
             run.pause(trainer)
             if self.leave and self._due < math.inf:
                 self._draw_fit(trainer, run.metrics)
-            row = run.rows.row(trainer, run.rows.training_first(self._shown(trainer, pl_module)), run.elapsed)
+            live = run.rows.training_first(self._shown(trainer, pl_module), trainer.callback_metrics)
+            row = run.rows.row(trainer, live, run.elapsed)
             if self.is_enabled:
                 run.display.row(row)
                 if isinstance(run.display, Lines):  # the row was a sign of life
@@ -214,7 +215,7 @@ class RichProgressBar(ProgressBar):
         run = self._run
         if run is None or run.rows is None:
             return {}
-        metrics = run.rows.training_first(self._shown(trainer, pl_module))
+        metrics = run.rows.training_first(self._shown(trainer, pl_module), trainer.callback_metrics)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if loss is not None and not any("loss" in name.lower() for name in metrics.keys() - run.rows.evaluated):
             scale = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -231,12 +231,17 @@ class Rows:
         self.evaluated |= {name for name in after if name not in self._before or after[name] != self._before[name]}
         self._validated = True
 
-    def training_first(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Return metrics for the live line: training's before the validation's, per step rather than per epoch."""
+    def training_first(self, metrics: Mapping[str, Any], watched: Container[str]) -> dict[str, Any]:
+        """Return metrics for the live line: training's before the validation's, per step rather than per epoch.
+
+        Args:
+            metrics: what is on the progress bar.
+            watched: the names of the callback metrics, where one logged per step and per epoch has its bare name, too.
+        """
         own: dict[str, Any] = {}
         for name in sorted(metrics, key=lambda name: name in self.evaluated):
             bare = name.removesuffix("_step")
-            if bare != name and f"{bare}_epoch" in metrics:  # logged per step and per epoch
+            if bare != name and bare in watched:  # logged per step and per epoch
                 own[bare] = metrics[name]
             elif not (name.endswith("_epoch") and name.removesuffix("_epoch") + "_step" in metrics):
                 own[name] = metrics[name]

@@ -273,10 +273,11 @@ def measure_batch_norm(trainer: Trainer, module: Module) -> None:
 @contextmanager
 def _logging_nothing(trainer: Trainer, module: Module) -> Iterator[Metrics]:
     """Take what the module logs meanwhile, and forget it."""
-    metrics = Metrics()
-    metrics.hook = TRAIN_BATCH
+    metrics = Metrics(module)
+    metrics.start_batches(TRAIN_BATCH)
     module.attach(trainer, metrics)
     try:
         yield metrics
     finally:
+        metrics.train.reset()  # its metric objects are the run's
         module.attach(trainer, trainer.metrics)

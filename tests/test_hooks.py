@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from trainkit import Callback, DataModule, Module, Trainer
 from trainkit.callbacks import EarlyStopping
-from trainkit.hooks import ARGUMENTS, CALLBACK_ONLY, STEP_HOOKS, Hooks, fitted, is_overridden
+from trainkit.hooks import ARGUMENTS, CALLBACK_ONLY, Hooks, fitted, is_overridden
 
 # on_load_checkpoint is called with a checkpoint, before there is a run; on_gpu is a fact, not a hook
 NOT_IN_THE_TABLE = {"on_load_checkpoint", "on_gpu"}
@@ -59,7 +59,6 @@ def hooks_of(kind: type) -> set[str]:
 def test_the_table_callback_and_module_have_the_same_hooks() -> None:
     assert hooks_of(Callback) == set(ARGUMENTS)
     assert hooks_of(Module) == set(ARGUMENTS) - CALLBACK_ONLY
-    assert set(ARGUMENTS) >= STEP_HOOKS
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -90,13 +89,11 @@ def test_the_picture_above_callback_shows_every_hook() -> None:
 
 
 # ---------------------------------------------------------------- who answers
-def test_a_hook_nobody_overrides_is_one_shared_no_op_and_one_answer_is_the_method_itself() -> None:
+def test_a_hook_nobody_overrides_is_one_shared_no_op() -> None:
     class Answers(Line):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
 
-    module = Answers()
-    hooks = Hooks(trainer_of(), module, [Callback(), Callback()])
-    assert hooks.on_train_batch_end == module.on_train_batch_end
+    hooks = Hooks(trainer_of(), Answers(), [Callback(), Callback()])
     idle = {getattr(hooks, name) for name in ARGUMENTS if name != "on_train_batch_end"}
     assert len(idle) == 1
     assert idle.pop()("anything") is None

@@ -72,7 +72,7 @@ def test_the_module_knows_where_its_run_is(TinyModule: Any, TinyData: Any) -> No
     trainer = Trainer(**BARE, max_epochs=2, limit_train_batches=2)
     trainer.fit(Looks(), datamodule=TinyData())
     assert seen == [(0, 0, False, None), (0, 1, True, None), (1, 2, False, None), (1, 3, True, None)]
-    assert trainer.log_step == 3
+    assert trainer.log_step == 4
 
 
 def test_before_a_run_there_is_nothing_to_tell() -> None:

@@ -570,7 +570,7 @@ def test_a_signal_finishes_the_step_and_saves(
     assert "Traceback" not in stopped.stderr
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 12
-    assert saved["progress"] == {"epoch": 1, "batch": 4, "step": 12, "total_batch": 12}
+    assert saved["progress"] == {"epoch": 1, "batch": 4, "step": 12, "total_batch": 12, "window": 12}
     resumed = run("no", str(workers))
     assert resumed.stdout.startswith("24 "), resumed.stderr
     assert "last.ckpt" in resumed.stdout

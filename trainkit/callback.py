@@ -52,6 +52,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from trainkit.log import Logs
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
     from trainkit.trainer import Trainer
 
 
-class Callback:
+class Callback(Logs):
     """Act at any point of a run. Override the hooks you need; the others cost nothing."""
 
     monitors: ClassVar[bool] = False

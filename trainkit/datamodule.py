@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from os import PathLike
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from trainkit.data_hooks import DataHooks
-from trainkit.hparams import HyperParameters
+from trainkit.hparams import HyperParameters, class_only
 from trainkit.tree import leaves, with_leaves
 
 if TYPE_CHECKING:
@@ -93,29 +94,29 @@ class DataModule(DataHooks, HyperParameters):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
 
-    @classmethod
+    @class_only
     def load_from_checkpoint(
         cls,
-        checkpoint_path: str | os.PathLike[str],
+        checkpoint_path: str | PathLike[str] | IO[bytes],
         map_location: Any = None,
-        hparams_file: str | os.PathLike[str] | None = None,
+        hparams_file: str | PathLike[str] | None = None,
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
         """Make the data module again from a checkpoint: its saved hyperparameters, then its state.
 
         Args:
-            checkpoint_path: the file.
-            map_location: kept for Lightning's signature; what a data module keeps is on the cpu.
-            hparams_file: a YAML file with hyperparameters, for checkpoints that have none.
+            checkpoint_path: the file, trainkit's or Lightning's, or an open one.
+            map_location: kept for Lightning's signature; tensors are read to the cpu.
+            hparams_file: a YAML or CSV file with hyperparameters, in place of the checkpoint's.
             weights_only: kept for Lightning's signature; nothing in a file is ever executed.
             kwargs: arguments of `__init__` that override the saved ones.
 
         Raises:
             CheckpointError: no such file, or not a checkpoint.
-            TypeError: `__init__` needs an argument that was not saved and not given.
+            TypeError: `__init__` needs an argument that was not saved and not given; or it was called on an object.
         """
-        from trainkit.checkpoint.restore import rebuild_datamodule
+        from trainkit.checkpoint.rebuild import rebuild_datamodule
 
         rebuilt: Self = rebuild_datamodule(cls, checkpoint_path, hparams_file, kwargs)
         return rebuilt

@@ -53,7 +53,6 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "teardown": ("stage",),
 }
 CALLBACK_ONLY = {"on_sanity_check_start", "on_sanity_check_end", "on_save_point", "on_exception"}
-STEP_HOOKS = {name for name in ARGUMENTS if "_batch_" in name or name.startswith(("on_before_", "on_after_"))}
 
 
 def _nothing(*_: Any) -> None:
@@ -65,17 +64,16 @@ def _first(method: Call, count: int, *arguments: Any) -> Any:
     return method(*arguments[:count])
 
 
-def _each(calls: tuple[Call, ...], *arguments: Any) -> None:
-    for call in calls:
-        call(*arguments)
-
-
-def _each_may_skip(calls: tuple[Call, ...], *arguments: Any) -> int | None:
-    """Call all, and return -1 when any of them did."""
-    skip = None
-    for call in calls:
-        if call(*arguments) == -1:
-            skip = -1
+def _each(trainer: Trainer, name: str, calls: tuple[Call, ...], *arguments: Any) -> int | None:
+    """Call all, and return -1 when any of them did; meanwhile `log` knows in which hook it is called."""
+    metrics, skip = trainer.metrics, None
+    before, metrics.hook = metrics.hook, name
+    try:
+        for call in calls:
+            if call(*arguments) == -1:
+                skip = -1
+    finally:
+        metrics.hook = before
     return skip
 
 
@@ -94,8 +92,8 @@ class Evaluation:
 class Hooks:
     """The calls a run makes, an attribute for each hook.
 
-    A hook nobody overrides is one shared no-op, a hook with one answer is that very method, more are called in turn:
-    the callbacks as listed, then the module. `print(hooks)` shows who answers where.
+    A hook nobody overrides is one shared no-op; the answers to the others are called in turn: the callbacks as
+    listed, then the module. `print(hooks)` shows who answers where.
 
     Raises:
         TypeError: a method can't be called with what its hook passes; the message has both lists.
@@ -128,11 +126,14 @@ class Hooks:
             for owner in owners
         ]
         self.answers[name] = [type(owner).__name__ for owner in owners]
-        if not calls:
-            return _nothing
-        together = _each_may_skip if name == "on_train_batch_start" else _each
-        call = calls[0] if len(calls) == 1 else partial(together, tuple(calls))
-        return call if name in STEP_HOOKS else partial(_announced, trainer, name, call)
+        if (actions := trainer.actions) is not None:
+            kinds = [
+                f"[Callback]{o.state_key}" if o is not module else f"[LightningModule]{type(o).__name__}"
+                for o in owners
+            ]
+            calls = [actions.wrap(f"{kind}.{name}", call) for kind, call in zip(kinds, calls, strict=True)]
+        call: Call = partial(_each, trainer, name, tuple(calls)) if calls else _nothing
+        return call if actions is None else actions.span(name, call)
 
     def evaluation(self, stage: str, loaders: int) -> Evaluation:
         """Return the hooks of "validation", "test" or "predict" under names without the stage.
@@ -152,14 +153,18 @@ class Hooks:
         return "\n".join(f"{name:<{width}}  {', '.join(names) or '-'}" for name, names in self.answers.items())
 
 
-def _announced(trainer: Trainer, name: str, call: Call, *arguments: Any) -> Any:
-    """Tell `log` in which hook it is called. Only for hooks that fire rarely: a step's hooks are called bare."""
-    metrics = trainer.metrics
-    before, metrics.hook = metrics.hook, name
-    try:
-        return call(*arguments)
-    finally:
-        metrics.hook = before
+def announced(trainer: Trainer, name: str, call: Call) -> Call:
+    """Return a call that tells `log` in which of the module's methods it is called."""
+
+    def announce(*arguments: Any, **keywords: Any) -> Any:
+        metrics = trainer.metrics
+        before, metrics.hook = metrics.hook, name
+        try:
+            return call(*arguments, **keywords)
+        finally:
+            metrics.hook = before
+
+    return announce
 
 
 def overrides(owner: object, name: str, base: type) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,8 @@ def fit(trainer: Trainer) -> None:
     transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
     backward, zero_grad, clip = update.backward, update.zero_grad, update.clip  # None: nothing that is not here
     needs_grad, replay = not update.own_backward, update.replay(training_step, loss_of)
-    log_every = trainer.log_every_n_steps or sys.maxsize
+    log_every = trainer.log_every_n_steps if trainer.loggers else 0
+    metrics.x = progress.window
 
     hooks.on_train_start()
     while not trainer.done:
@@ -37,9 +37,8 @@ def fit(trainer: Trainer) -> None:
         is_last = True  # until a batch says otherwise: a resumed epoch may have none left
         if start == 0:  # else: resumed inside this epoch
             sources.reload_if_due()
-            metrics.start_epoch()
             hooks.on_train_epoch_start()
-        metrics.hook, metrics.epoch_ended = TRAIN_BATCH, False
+        metrics.start_batches(TRAIN_BATCH)
 
         for batch_idx, batch, is_last in sources.train.epoch(progress.epoch, start):
             trainer.is_last_batch = is_last
@@ -47,7 +46,7 @@ def fit(trainer: Trainer) -> None:
                 batch = transfer(batch, 0)
             if batch_idx == start:
                 trainer.check_batch(batch)
-            metrics.batch = batch
+            metrics.batch, metrics.x = batch, progress.window
             if hooks.on_train_batch_start(batch, batch_idx) == -1:  # the rest of the epoch is skipped
                 if automatic:
                     schedules.move(schedules.by_epoch, progress.epoch + 1)
@@ -96,17 +95,19 @@ def fit(trainer: Trainer) -> None:
             # Count, then tell, log and validate: from here on the counters speak of finished things only.
             progress.batch += 1
             progress.total_batch += 1
+            progress.window += window_ends
             progress.step += stepped  # a held float16 update counts, too, as in Lightning
             if is_last and automatic:
                 schedules.move(schedules.by_epoch, progress.epoch + 1)
             hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
-            if stepped and (progress.step % log_every == 0 or trainer.should_stop):
-                trainer.log_metrics(metrics.step_metrics())
+            if log_every and window_ends and (progress.window % log_every == 0 or trainer.should_stop):
+                trainer.log_metrics(metrics.row())
             if trainer.validation_due(is_last):
                 if window_ends:
+                    metrics.hook = "on_validation_model_zero_grad"
                     module.on_validation_model_zero_grad()
                 evaluate(trainer, "validation", sources.validation())
-                metrics.resume_train(TRAIN_BATCH)
+                metrics.leave_evaluation(TRAIN_BATCH)
                 trainer.is_last_batch = is_last
             if stepped and automatic and schedules.plateau_by_step:
                 schedules.move(schedules.plateau_by_step, progress.step)
@@ -117,13 +118,14 @@ def fit(trainer: Trainer) -> None:
             if window_ends:
                 hooks.on_save_point()
 
-        metrics.batch = None
         if is_last or not trainer.interrupted:  # a limit inside an epoch ends it early, a signal leaves it open
-            metrics.epoch_ended = True
+            metrics.end_batches()
+            metrics.x = max(progress.window - 1, 0)  # that of the epoch's last row
             hooks.on_train_epoch_end()
             if is_last and automatic:
                 schedules.move(schedules.plateau_by_epoch, progress.epoch + 1)
-            trainer.log_metrics(metrics.epoch_metrics())
+            trainer.log_metrics(metrics.end_epoch(whole=is_last))
+            metrics.x = progress.window
         if is_last:
             progress.epoch, progress.batch = progress.epoch + 1, 0
         hooks.on_save_point()
@@ -147,9 +149,8 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches]) -> list[dict[
     with trainer.evaluation_mode(stage):
         hooks.start()
         hooks.epoch_start()
-        metrics.hook = step_name
         for dataloader_idx, loader in enumerate(loaders):
-            table.dataloader_idx = dataloader_idx
+            evaluated, batch_idx = metrics.begin_loader(dataloader_idx, step_name), -1
             for batch_idx, batch, is_last in loader.epoch(trainer.progress.epoch):
                 trainer.is_last_batch = is_last
                 if transfer is not None:
@@ -161,11 +162,12 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches]) -> list[dict[
                 output = step(batch, batch_idx, dataloader_idx)
                 hooks.batch_end(output, batch, batch_idx, dataloader_idx)
                 if table.logs_steps:
-                    trainer.log_metrics(metrics.evaluation_step_metrics(), step=batch_idx)
-        metrics.batch, table.dataloader_idx = None, 0
+                    trainer.log_metrics(metrics.row(), step=evaluated + batch_idx)
+            metrics.end_loader(dataloader_idx, batch_idx + 1)
+        metrics.end_loaders()
         hooks.epoch_end()
-        results = metrics.evaluation_results()
-        trainer.log_metrics(metrics.evaluation_metrics())
+        results, values = metrics.end_evaluation()
+        trainer.log_metrics(values)
         hooks.end()
     return results
 

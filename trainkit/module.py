@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from trainkit.data_hooks import DataHooks
 from trainkit.errors import MisconfigurationException
 from trainkit.export import Exports, scriptable
-from trainkit.hparams import HyperParameters
+from trainkit.hparams import HyperParameters, class_only
+from trainkit.log import Logs
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @scriptable
-class Module(DataHooks, HyperParameters, Exports, nn.Module):
+class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
     """What is trained. Write `training_step` and `configure_optimizers`; override anything else you need.
 
     Example:
@@ -87,59 +87,6 @@ class Module(DataHooks, HyperParameters, Exports, nn.Module):
             "Return None to train without an optimizer."
         )
 
-    # ---------------------------------------------------------------- logging
-    def log(
-        self,
-        name: str,
-        value: Tensor | float,
-        prog_bar: bool = False,
-        logger: bool | None = None,
-        on_step: bool | None = None,
-        on_epoch: bool | None = None,
-        reduce_fx: str | Callable[..., Any] = "mean",
-        enable_graph: bool = False,
-        sync_dist: bool = False,
-        sync_dist_group: Any = None,
-        add_dataloader_idx: bool = True,
-        batch_size: int | None = None,
-        metric_attribute: str | None = None,
-        rank_zero_only: bool = False,
-    ) -> None:
-        """Log one value under a name.
-
-        Args:
-            name: the name; with both on_step and on_epoch it forks into `name_step` and `name_epoch`.
-            value: a number or a tensor of one element. A tensor is not read here, so nothing waits for the device.
-            prog_bar: show it on the progress bar.
-            logger: hand it to the loggers (default: yes).
-            on_step: log this very value (default: in training batches).
-            on_epoch: log the epoch's reduction (default: everywhere else).
-            reduce_fx: how an epoch's values become one: "mean" (weighted by batch_size), "sum", "min" or "max".
-            enable_graph: kept for Lightning's signature; logged values never keep a graph.
-            sync_dist: reduce over processes; a run has one.
-            sync_dist_group: over which of them.
-            add_dataloader_idx: with several loaders, append `/dataloader_idx_N` to the name.
-            batch_size: the weight in the mean (default: the first dimension of the batch's first tensor).
-            metric_attribute: kept for Lightning's signature; a metric object is found by itself.
-            rank_zero_only: log on the first process only; a run has one.
-
-        Raises:
-            MisconfigurationException: called where nothing can be logged, or with other options than before.
-            ValueError: not a number and not a tensor of one element.
-        """
-        metrics = self.__dict__.get("_metrics")
-        if metrics is None:
-            _warn_without_trainer("log")
-            return
-        metrics.log(
-            name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, batch_size
-        )  # positionally: this is on the step's path
-
-    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
-        """Log several values at once, with the options of `log`."""
-        for name, value in dictionary.items():
-            self.log(name, value, **options)
-
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print, above the progress bar if there is one."""
         trainer = self.__dict__.get("_trainer")
@@ -169,7 +116,7 @@ class Module(DataHooks, HyperParameters, Exports, nn.Module):
         """Get to know the run: its trainer and where `log` files its values; modules inside this one do too."""
         for part in self.modules():
             if isinstance(part, Module):
-                part.__dict__["_trainer"], part.__dict__["_metrics"] = trainer, metrics
+                part.__dict__["_trainer"], part.__dict__["_run_metrics"] = trainer, metrics
 
     @property
     def current_epoch(self) -> int:
@@ -301,10 +248,10 @@ class Module(DataHooks, HyperParameters, Exports, nn.Module):
             parameter.requires_grad = True
         return self.train()
 
-    @classmethod
+    @class_only
     def load_from_checkpoint(
         cls,
-        checkpoint_path: str | PathLike[str],
+        checkpoint_path: str | PathLike[str] | IO[bytes],
         map_location: Any = None,
         hparams_file: str | PathLike[str] | None = None,
         strict: bool | None = None,
@@ -314,26 +261,27 @@ class Module(DataHooks, HyperParameters, Exports, nn.Module):
         """Make the module again from a checkpoint: its saved hyperparameters, then its weights.
 
         Args:
-            checkpoint_path: the file.
+            checkpoint_path: the file, trainkit's or Lightning's, or an open one.
             map_location: a device for the weights (default: the cpu).
-            hparams_file: a YAML file with hyperparameters, for checkpoints that have none.
+            hparams_file: a YAML or CSV file with hyperparameters, in place of the checkpoint's.
             strict: whether parameters must match exactly (default: the module's `strict_loading`).
             weights_only: kept for Lightning's signature; nothing in a file is ever executed.
             kwargs: arguments of `__init__` that override the saved ones.
 
         Raises:
             CheckpointError: no such file, not a checkpoint, or weights that do not fit; the message names them.
-            TypeError: `__init__` needs an argument that was not saved and not given.
+            TypeError: `__init__` needs an argument that was not saved and not given; or it was called on an object.
+            ValueError: `strict` contradicts the module; or the file asks for code that the program has not imported.
         """
-        from trainkit.checkpoint.restore import rebuild
+        from trainkit.checkpoint.rebuild import rebuild_module
 
-        rebuilt: Self = rebuild(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
+        rebuilt: Self = rebuild_module(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
         return rebuilt
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.pop("_trainer", None)  # a copy or a pickle of a module is not part of the run
-        state.pop("_metrics", None)
+        state.pop("_run_metrics", None)
         return state
 
     # ---------------------------------------------------------------- override points of the update
@@ -562,7 +510,3 @@ def checked_clip(argument: str, given: Any, of_trainer: Any) -> Any:
     if argument == "gradient_clip_val" and (isinstance(given, bool) or not isinstance(given, (int, float))):
         raise TypeError(f"{argument} must be a number. Received: {given!r}.")
     return given
-
-
-def _warn_without_trainer(what: str) -> None:
-    warnings.warn(f"self.{what}() does nothing: the module is not attached to a Trainer.", stacklevel=3)

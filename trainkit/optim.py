@@ -185,7 +185,10 @@ class Schedules:
                 continue
             metric = self._metric(config) if config.reduce_on_plateau else None
             if metric is not None or not config.reduce_on_plateau:
+                metrics = self.trainer.metrics
+                before, metrics.hook = metrics.hook, "lr_scheduler_step"
                 self.trainer.module.lr_scheduler_step(config.scheduler, metric)
+                metrics.hook = before
 
     def _metric(self, config: LRSchedulerConfig) -> Tensor | None:
         """Return the newest value of what a schedule watches."""

@@ -75,7 +75,7 @@ def rehearsal(trainer: Trainer, callbacks: Iterable[Callback]) -> Iterator[None]
         trainer.schedules = Schedules([], trainer)
         trainer.sources = Sources(trainer, trainer.sources.given, trainer.sources.seed)
         stack.callback(trainer.sources.close)
-        trainer.metrics = Metrics()
+        trainer.metrics = Metrics(module)
         module.attach(trainer, trainer.metrics)
         trainer.hooks = Hooks(trainer, module, trainer.callbacks)
         yield

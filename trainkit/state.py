@@ -33,13 +33,15 @@ class Progress:
     """Optimizer updates done, one for each batch that ends an accumulation window."""
     total_batch: int = 0
     """Batches finished in all epochs together."""
+    window: int = 0
+    """Accumulation windows finished, whether or not they updated the weights: Lightning's x axis."""
 
     def state_dict(self) -> dict[str, int]:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         for name in asdict(self):
-            setattr(self, name, int(state[name]))
+            setattr(self, name, int(state.get(name, state["step"])))
 
 
 class Each:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from trainkit.loggers.base import FileLogger, run_directory
 from trainkit.loops import EvaluationLoop, FitLoop
 from trainkit.stages import RunningStage, TrainerFn, TrainerStatus
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from trainkit.module import Module
     from trainkit.optim import Schedules
     from trainkit.precision import Precision
+    from trainkit.profiler import Profiler
     from trainkit.signals import Interruption
     from trainkit.stages import TrainerState
     from trainkit.state import Progress
@@ -53,7 +55,7 @@ class Status:
     precision_plugin: Precision
     strategy: Strategy
     checkpoint_io: CheckpointIO
-    profiler: Any
+    profiler: Profiler
     optimizers: list[Optimizer]
     state: TrainerState
     default_root_dir: str
@@ -121,8 +123,8 @@ class Status:
 
     @property
     def log_step(self) -> int:
-        """The x value of what is logged now: the 0-based index of the last update."""
-        return max(self.progress.step - 1, 0)
+        """The x value of what is logged now: in fit, how many updates were over before this batch."""
+        return self.metrics.x
 
     # ---- limits
     @property
@@ -213,7 +215,7 @@ class Status:
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
         """What the loggers got, newest values, as 0-dimensional tensors."""
-        return {name: torch.tensor(value) for name, value in self.metrics.logged.items()}
+        return self.metrics.logged_metrics
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
@@ -311,7 +313,7 @@ class Status:
 
     @property
     def logger(self) -> Logger | None:
-        """The first logger, or None."""
+        """The first logger, or None. Setting it replaces all loggers by one, or by none."""
         return self.loggers[0] if self.loggers else None
 
     @logger.setter
@@ -319,10 +321,25 @@ class Status:
         self.loggers = [] if logger is None else [logger]
 
     @property
-    def log_dir(self) -> str:
-        """The run directory: the first logger's, else default_root_dir."""
-        directory = self.loggers[0].log_dir if self.loggers else None
-        return str(directory) if directory is not None else self.default_root_dir
+    def log_dir(self) -> str | None:
+        """The first logger's run directory; of one that has none of its own, the `save_dir`, which may be None.
+
+        Without loggers it is `default_root_dir`.
+        """
+        if not self.loggers:
+            return self.default_root_dir
+        first = self.loggers[0]
+        directory = first.log_dir if isinstance(first, FileLogger) else first.save_dir
+        return None if directory is None else str(directory)
+
+    @property
+    def run_dir(self) -> str:
+        """Where files of this run go that are not a logger's, checkpoints first of all.
+
+        `<save_dir>/<name>/<version>` of the first logger, in `default_root_dir` if it has no save_dir; without loggers
+        `default_root_dir`.
+        """
+        return run_directory(self.loggers[0], self.default_root_dir) if self.loggers else self.default_root_dir
 
     @property
     def device(self) -> torch.device:

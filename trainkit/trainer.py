@@ -25,7 +25,7 @@ from trainkit.empty_init import EmptyInit
 from trainkit.errors import MisconfigurationException, NoCheckpointError, warn
 from trainkit.hooks import fitted, is_overridden, takes_iterator, with_iterator
 from trainkit.loggers import Logger
-from trainkit.metrics import Metrics
+from trainkit.metrics import Metrics, numbers
 from trainkit.module import Module
 from trainkit.optim import LRSchedulerConfig
 from trainkit.precision import Precision
@@ -41,6 +41,7 @@ from trainkit.update import StepOptimizer
 
 if TYPE_CHECKING:
     from trainkit.profiler import Profiler
+    from trainkit.profiler.actions import Actions
 
 PrecisionName = Literal[
     "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "16", "64", "bf16"
@@ -83,6 +84,7 @@ class Trainer(Status):
         deterministic: use deterministic algorithms only; "warn" warns where there is none.
         benchmark: let cuDNN try its algorithms and take the fastest.
         inference_mode: evaluate under torch.inference_mode (else torch.no_grad).
+        profiler: "simple", "advanced", "pytorch" or a Profiler: report where the time of a run goes.
         detect_anomaly: let autograd name the operation that made a NaN. Slow.
         reload_dataloaders_every_n_epochs: ask for new loaders every n epochs; 0 for never.
         default_root_dir: where logs and checkpoints go (default: the current directory).
@@ -153,6 +155,8 @@ class Trainer(Status):
         self.accelerator, self.strategy, self.precision_plugin = parts.accelerator, parts.strategy, parts.precision
         self.checkpoint_io, self.profiler = parts.checkpoint_io, parts.profiler
         self.loggers, self.callbacks = parts.loggers, parts.callbacks
+        self.actions: Actions | None = None
+        """What records this run's calls, when a profiler is on."""
 
         self.progress = Progress()
         self.metrics = Metrics()
@@ -301,6 +305,7 @@ class Trainer(Status):
         if steps == 0 or self.checkpoint is not None or not self.enable_validation:
             return
         self.state.stage = RunningStage.SANITY_CHECKING
+        self.metrics.forget()
         try:
             with isolated_random():
                 self.hooks.on_sanity_check_start()
@@ -352,7 +357,11 @@ class Trainer(Status):
         """
         if getattr(self, "module", None) is None:
             raise AttributeError("save_checkpoint needs a module: call it during or after fit.")
-        checkpoint = restore.collect(self, bool(weights_only))
+        with self.profiler.profile("save_checkpoint"):
+            self._save_checkpoint(filepath, bool(weights_only), storage_options)
+
+    def _save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool, storage_options: Any) -> None:
+        checkpoint = restore.collect(self, weights_only)
         for logger in self.loggers:
             logger.sync()  # a run resumed from here expects the earlier rows to be there
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
@@ -391,10 +400,19 @@ class Trainer(Status):
         """Return a step of the module as the loop calls it, in the run's precision and strategy."""
         method = getattr(self.module, name)
         if takes_iterator(method):
-            return self.strategy.wrap(self.precision_plugin.wrap(partial(with_iterator, method)))
+            return self._wrapped(name, partial(with_iterator, method))
         given = ("batch", "batch_idx") if name == "training_step" else ("batch", "batch_idx", "dataloader_idx")
         step = fitted(method, name, given, 1 if num_dataloaders == 1 else 3, num_dataloaders)
-        return self.strategy.wrap(self.precision_plugin.wrap(step))
+        return self._wrapped(name, step)
+
+    def _wrapped(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        actions = self.actions
+        if actions is not None:
+            step = actions.wrap(f"[LightningModule]{type(self.module).__name__}.{name}", step)
+        step = self.strategy.wrap(self.precision_plugin.wrap(step))
+        if actions is not None:
+            step = actions.wrap(f"[Strategy]{type(self.strategy).__name__}.{name}", step)
+        return step
 
     def check_batch(self, batch: Any) -> None:
         """Refuse a first batch that is not where the module is."""
@@ -413,6 +431,7 @@ class Trainer(Status):
         use_inference_mode = self.inference_mode and self.state.fn != TrainerFn.FITTING
         if before == RunningStage.TRAINING:
             self.state.stage = RunningStage.VALIDATING
+        self.metrics.hook = f"on_{stage}_model_eval"
         getattr(module, f"on_{stage}_model_eval")()
         try:
             with torch.inference_mode() if use_inference_mode else torch.no_grad():
@@ -421,6 +440,7 @@ class Trainer(Status):
             self.state.stage = before
             self._since_validation.restart()
             if is_overridden(module, f"on_{stage}_model_train"):
+                self.metrics.hook = f"on_{stage}_model_train"
                 getattr(module, f"on_{stage}_model_train")()
             else:
                 for part, training in modes:
@@ -433,17 +453,24 @@ class Trainer(Status):
         return map_tensors(lambda value: value.cpu() if isinstance(value, Tensor) else value, output)
 
     # ------------------------------------------------------------------ logging
-    def log_metrics(self, values: dict[str, float], step: int | None = None) -> None:
-        """Hand values to every logger; "epoch" is added, and a value called "step" is the x value."""
-        if not values or self.sanity_checking:
+    def log_metrics(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Hand values to every logger.
+
+        Args:
+            values: numbers, or tensors, which are read here.
+            step: their x value. Left out, a value called "step" is that; without one, it is `log_step`, and the
+                number of the epoch goes with the values.
+        """
+        if not values or self.sanity_checking or not self.loggers:
             return
-        self.metrics.logged.update(values)
-        x = self.log_step if step is None else step
-        if "step" in values:
-            x = int(values["step"])
-        row = {"epoch": self.current_epoch, **{name: value for name, value in values.items() if name != "step"}}
+        row = numbers(values)
+        if step is None:
+            x = row.pop("step", None)
+            if x is None:
+                row.setdefault("epoch", self.current_epoch)
+            step = self.log_step if x is None else int(x)
         for logger in self.loggers:
-            logger.log_metrics(row, x)
+            logger.log_metrics(row, step)
             logger.save()
 
     def print(self, *args: Any, **kwargs: Any) -> None:

@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainkit.errors import MisconfigurationException
-from trainkit.hooks import is_overridden
+from trainkit.hooks import announced, is_overridden
+from trainkit.metrics import TRAIN_BATCH
+from trainkit.profiler.actions import recorded
 
 if TYPE_CHECKING:
+    from trainkit.profiler.actions import Actions
     from trainkit.trainer import Trainer
 
 Step = Callable[..., Any]
@@ -39,13 +42,24 @@ class Update:
         self.backward: Step = precision.backward
         self.own_backward = is_overridden(module, "backward")
         if is_overridden(module, "optimizer_zero_grad"):
-            self.zero_grad = module.optimizer_zero_grad
+            self.zero_grad = announced(trainer, "optimizer_zero_grad", module.optimizer_zero_grad)
         if self.own_backward:
-            self.backward = self._backward
+            self.backward = announced(trainer, "backward", self._backward)
         if is_overridden(module, "configure_gradient_clipping") or is_overridden(module, "clip_gradients"):
-            self.clip = self._clip_as_configured
+            self.clip = announced(trainer, "configure_gradient_clipping", self._clip_as_configured)
         elif trainer.gradient_clip_val is not None and trainer.gradient_clip_val > 0:
             self.clip = self._clip
+        if trainer.actions is not None:
+            self._record(trainer.actions)
+
+    def _record(self, actions: Actions) -> None:
+        """Let a profiler see the parts of an update."""
+        module, strategy = (type(part).__name__ for part in (self.trainer.module, self.trainer.strategy))
+        zero_grad = self.trainer.module.optimizer_zero_grad
+        self.zero_grad = actions.wrap(f"[LightningModule]{module}.optimizer_zero_grad", zero_grad)
+        self.backward = actions.wrap(f"[Strategy]{strategy}.backward", self.backward)
+        if self.clip is not None:
+            self.clip = actions.wrap(f"[LightningModule]{module}.configure_gradient_clipping", self.clip)
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -96,7 +110,10 @@ class Replay:
         self, trainer: Trainer, update: Update, training_step: Step, loss_of: Callable[[Any], Tensor | None]
     ) -> None:
         self.trainer, self.own = trainer, update
-        self.training_step, self.loss_of = training_step, loss_of
+        self.training_step = announced(trainer, TRAIN_BATCH, training_step)
+        self.loss_of = loss_of
+        step = recorded(trainer, "LightningModule", trainer.module, "optimizer_step")
+        self.optimizer_step = announced(trainer, "optimizer_step", step)
         self.window: list[tuple[Any, int]] = []
         """The batches whose gradients are pending, with their index."""
 
@@ -110,7 +127,7 @@ class Replay:
         moved = True
         for optimizer in trainer.step_optimizers:
             optimizer.moved = True  # an optimizer_step that leaves it alone is not an overflow
-            trainer.module.optimizer_step(trainer.progress.epoch, batch_idx, optimizer, self._closure(loss))
+            self.optimizer_step(trainer.progress.epoch, batch_idx, optimizer, self._closure(loss))
             moved &= optimizer.moved
         self.window.clear()
         return moved

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,16 +100,15 @@ def test_a_stop_logs_the_last_batch() -> None:
     assert (logger.at("on_train_batch_start"), logger.at("on_train_batch_end")) == ([], [1])
 
 
-def test_the_hosts_percentages_come_from_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = SimpleNamespace(percent=7)
-    psutil = SimpleNamespace(cpu_percent=lambda: 3, virtual_memory=lambda: used, swap_memory=lambda: used)
-    monkeypatch.setitem(sys.modules, "psutil", psutil)
+def test_the_hosts_percentages_come_from_psutil() -> None:
+    pytest.importorskip("psutil")
     trainer, logger = trainer_with(max_steps=1, accelerator="cpu")
     trainer.fit(Net(), loader(1))
     prefix = "DeviceStatsMonitor.on_train_batch_start/"
-    assert logger.rows[0][1] == {
-        f"{prefix}cpu_percent": 3.0, f"{prefix}cpu_vm_percent": 7.0, f"{prefix}cpu_swap_percent": 7.0
-    }  # fmt: skip
+    row = logger.rows[0][1]
+    assert list(row) == [f"{prefix}cpu_percent", f"{prefix}cpu_vm_percent", f"{prefix}cpu_swap_percent"]
+    assert all(0 <= percent <= 100 for percent in row.values())
+    assert row[f"{prefix}cpu_vm_percent"] > 0
 
 
 @pytest.mark.parametrize("cpu_stats", [None, True])

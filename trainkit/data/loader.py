@@ -49,6 +49,8 @@ class Batches:
     def __init__(self, name: str) -> None:
         self.name = name
         self.claimed = self.num_batches = 0
+        self.fetching: Callable[[Iterator[Any]], Iterator[Any]] | None = None
+        """What a profiler watches the batches through."""
         self._warned = False
 
     @property
@@ -72,6 +74,8 @@ class Batches:
         if start >= limit:
             return
         batches = self.open(epoch, start)
+        if self.fetching is not None:
+            batches = self.fetching(batches)
         index = start
         batch = next(batches, batches)
         if batch is batches:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trainkit.data.combined import Combination, CombinedLoader, Mode, flattened, refilled
@@ -15,6 +16,7 @@ from trainkit.data.loader import Batches, Loader
 from trainkit.data.samplers import in_sequence, is_shuffled
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
+from trainkit.profiler.actions import recorded
 from trainkit.random import derived_seed
 
 if TYPE_CHECKING:
@@ -95,12 +97,12 @@ class Sources:
                 "Use 'max_size_cycle', 'max_size' or 'min_size'; or join the data sets "
                 "(torch.utils.data.ConcatDataset)."
             )
-        self.loaders["train"] = loaders
+        self.loaders["train"] = self._watched("train", loaders)
         self.train.must_yield = trainer.max_epochs == -1
         batches = self.train.num_batches
         self.val_every = self._validation_interval(batches)
         updates = batches / trainer.accumulate_grad_batches
-        if trainer.loggers and trainer.log_every_n_steps > updates > 0:
+        if trainer.loggers and not trainer.fast_dev_run and trainer.log_every_n_steps > updates > 0:
             warn(
                 f"log_every_n_steps={trainer.log_every_n_steps} is more than the {math.ceil(updates)} updates of an "
                 "epoch; a smaller one logs training metrics in every epoch."
@@ -154,7 +156,7 @@ class Sources:
                 f"predict_dataloader is a CombinedLoader with mode={loaders[0].mode!r}; predict goes through loaders "
                 "one after the other. Use mode='sequential'."
             )
-        self.loaders[kind] = loaders
+        self.loaders[kind] = self._watched(kind, loaders)
 
     def validation(self) -> list[Batches]:
         """Return the validation loaders, asked for again if that is due."""
@@ -167,7 +169,10 @@ class Sources:
     def _object(self, kind: str) -> Any:
         """Return the loaders of one kind, from whoever brings them."""
         source = self.given.get(kind)
-        return getattr(self._owner, f"{kind}_dataloader")() if source is None else source
+        if source is not None:
+            return source
+        owner = "LightningModule" if self._owner is self.trainer.module else "LightningDataModule"
+        return recorded(self.trainer, owner, self._owner, f"{kind}_dataloader")()
 
     def _limit(self, kind: str) -> tuple[float, str]:
         """Return how many batches of a kind are wanted, and the argument of the Trainer that says so."""
@@ -234,6 +239,13 @@ class Sources:
         return [
             dealt(leaf, seed, repeat=kind != "predict", **which) if needs_dealing(leaf) else leaf for leaf in leaves
         ]
+
+    def _watched(self, kind: str, loaders: list[Batches]) -> list[Batches]:
+        """Let a profiler see how long batches are waited for."""
+        if self.trainer.actions is not None:
+            for loader in loaders:
+                loader.fetching = partial(self.trainer.actions.fetching, kind)
+        return loaders
 
     # ------------------------------------------------------------------ loaders that are asked for again
     def reload_if_due(self) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trainkit.strategies import Strategy
 
 Transfer = Callable[[Any, int], Any]
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 def transfer_of(strategy: Strategy, module: Module, datamodule: DataModule | None) -> Transfer | None:
@@ -31,9 +32,7 @@ def transfer_of(strategy: Strategy, module: Module, datamodule: DataModule | Non
             warn(f"{' and '.join(type(o).__name__ for o in owners)} both have {name}: the DataModule's is called.")
         return owners[0] if owners else None
 
-    before, move, after = map(
-        owner, ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    )
+    before, move, after = map(owner, TRANSFER_HOOKS)
     if strategy.device.type == "cpu" and not (before or move or after):
         return None
     if not (before or move or after):

@@ -70,8 +70,13 @@ class Logs(Module):
 def validating() -> Metrics:
     metrics = Metrics()
     metrics.begin("validation")
-    metrics.hook = "validation_step"
+    metrics.begin_loader(0, "validation_step")
     return metrics
+
+
+def result_of(metrics: Metrics) -> dict[str, float]:
+    metrics.end_loader(0, 1)
+    return metrics.end_evaluation()[0][0]
 
 
 def loader(data: Any = X) -> DataLoader[Any]:
@@ -133,7 +138,7 @@ def test_a_metric_called_step_is_the_x_value() -> None:
     assert [(step, row["v"]) for step, row in records.rows if "v" in row] == [(7, 4.5)]
 
 
-def test_a_row_is_written_at_every_nth_update_and_holds_only_what_was_logged_since() -> None:
+def test_a_row_is_written_at_every_nth_update_and_holds_only_what_this_epoch_logged() -> None:
     def log(self: Logs, batch: Tensor) -> None:
         if self.trainer.global_step == 0:
             self.log("early", 1.0)
@@ -199,7 +204,7 @@ def test_an_epochs_mean_is_the_weighted_mean_in_double_precision(pairs: list[tup
         metrics.log("x", logged, batch_size=size)
     expected = math.fsum(value * size for value, size in pairs) / sum(size for _, size in pairs)
     scale = max(abs(value) for value, _ in pairs)
-    assert metrics.evaluation_results()[0]["x"] == pytest.approx(expected, rel=1e-12, abs=1e-12 * (1 + scale))
+    assert result_of(metrics)["x"] == pytest.approx(expected, rel=1e-12, abs=1e-12 * (1 + scale))
 
 
 def test_many_small_values_do_not_drown_in_a_float32_sum() -> None:
@@ -207,7 +212,7 @@ def test_many_small_values_do_not_drown_in_a_float32_sum() -> None:
     value = torch.tensor(0.1)
     for _ in range(20_000):
         metrics.log("x", value, reduce_fx="sum")
-    assert metrics.evaluation_results()[0]["x"] == pytest.approx(2000, rel=1e-6)
+    assert result_of(metrics)["x"] == pytest.approx(2000, rel=1e-6)
 
 
 @pytest.mark.parametrize("reduce_fx", ["mean", "sum", "min", "max"])
@@ -217,7 +222,7 @@ def test_a_nan_shows_in_the_reduction_of_numbers_and_tensors(reduce_fx: str, val
     for value in values:
         metrics.log("number", value, reduce_fx=reduce_fx)
         metrics.log("tensor", torch.tensor(value), reduce_fx=reduce_fx)
-    assert all(math.isnan(value) for value in metrics.evaluation_results()[0].values())
+    assert all(math.isnan(value) for value in result_of(metrics).values())
 
 
 @pytest.mark.parametrize(
@@ -259,7 +264,7 @@ def test_any_number_and_any_tensor_of_one_element_can_be_logged(value: Any, expe
         (torch.zeros(3), r"one element. Received: shape \(3,\).*\.mean\(\)"),
         (torch.zeros(0), r"Received: shape \(0,\)"),
         (torch.tensor(1j), "takes a real number"),
-        (np.zeros(2), "a number or a tensor of one element. Received: ndarray"),
+        (np.zeros(2), "a number, a tensor of one element or a metric object. Received: ndarray"),
         (np.array(["a"]), "Received: ndarray"),
         ("0.5", "Received: str"),
         (np.str_("0.5"), "Received: str_"),
@@ -327,11 +332,15 @@ def test_the_structure_may_change_from_batch_to_batch() -> None:
     assert results == [{"x": 4.5}]
 
 
-def test_a_batch_without_tensors_weighs_one() -> None:
-    results = trainer_of().validate(
-        Logs(val=lambda self, batch: self.log("x", float(len(batch)))), iter([["a", "b"], ["c"], ["d"]]), verbose=False
-    )
-    assert results == [{"x": pytest.approx(4 / 3)}]
+def test_the_mean_over_batches_without_tensors_needs_their_size() -> None:
+    def validate(**options: Any) -> list[dict[str, float]]:
+        module = Logs(val=lambda self, batch: self.log("x", float(len(batch)), **options))
+        return trainer_of().validate(module, [[["a", "b"], ["c"], ["d"]]], verbose=False)
+
+    with pytest.raises(MisconfigurationException, match=r"no tensor in this batch.*self.log\(..., batch_size=...\)"):
+        validate()
+    assert validate(batch_size=1) == [{"x": pytest.approx(4 / 3)}]
+    assert validate(reduce_fx="sum") == [{"x": 4.0}]
 
 
 @pytest.mark.parametrize("wrap", [int, float, np.int64, torch.tensor])
@@ -353,9 +362,10 @@ def test_several_loaders_get_a_suffix_after_the_fork() -> None:
         self.log("plain", batch.mean())
 
     results, trainer = validated(log, loader(), loader(X + 10))
-    names = ("x", "x_epoch", "plain")
+    names = ("x_epoch", "plain")
     assert results == [{f"{name}/dataloader_idx_{i}": 4.5 + 10 * i for name in names} for i in range(2)]
-    assert set(trainer.callback_metrics) == {name for result in results for name in result}
+    watched = {name for result in results for name in result} | {f"x/dataloader_idx_{i}" for i in range(2)}
+    assert set(trainer.callback_metrics) == watched
 
 
 def test_the_suffix_can_be_left_out_where_the_names_differ() -> None:
@@ -396,7 +406,7 @@ def test_the_same_name_twice_with_the_same_options_is_one_metric() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"prog_bar": True}, {"logger": False}, {"on_step": True}, {"on_epoch": True}, {"reduce_fx": "sum"}]
+    "other", [{"prog_bar": True}, {"logger": False}, {"on_step": True}, {"rank_zero_only": True}, {"reduce_fx": "sum"}]
 )
 def test_the_same_name_twice_with_other_options_is_refused(other: dict[str, Any]) -> None:
     def log(self: Logs, batch: Tensor) -> None:
@@ -412,7 +422,11 @@ def test_logging_neither_by_step_nor_by_epoch_is_refused() -> None:
         fitted(Logs(lambda self, batch: self.log("x", 1.0, on_step=False)))
 
 
-NEVER_CALLED = {"on_save_checkpoint", "on_save_point", "on_exception", "configure_optimizers", "predict_step"}
+NEVER_CALLED = {
+    "on_save_checkpoint", "on_load_checkpoint", "on_save_point", "on_exception", "configure_optimizers",
+    "configure_callbacks", "configure_model", "predict_step", "lr_scheduler_step", "on_before_batch_transfer",
+    "transfer_batch_to_device", "on_after_batch_transfer", "prepare_data", "outside",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("hook", sorted(set(NO_LOGGING) - NEVER_CALLED))
@@ -495,7 +509,7 @@ def test_hooks_of_a_training_batch_log_by_step(hook: str) -> None:
 
 
 def test_without_a_trainer_log_warns_and_does_nothing() -> None:
-    with pytest.warns(UserWarning, match=r"self\.log\(\) does nothing: the module is not attached"):
+    with pytest.warns(UserWarning, match=r"self\.log\(.x., \.\.\.\) does nothing: this object is not attached"):
         Logs().log("x", 1.0)
 
 
@@ -588,7 +602,7 @@ def test_what_is_watched_is_a_copy() -> None:
 def test_a_sanity_check_leaves_no_metrics() -> None:
     class Looks(Callback):
         def on_train_start(self, trainer: Trainer, module: Module) -> None:
-            seen.append((trainer.callback_metrics, trainer.progress_bar_metrics))
+            seen.append((dict(trainer.callback_metrics), trainer.progress_bar_metrics))
 
     seen: list[Any] = []
     module = Logs(val=lambda self, batch: self.log("v", batch.mean(), prog_bar=True))
@@ -626,7 +640,7 @@ def test_a_logged_value_keeps_neither_its_graph_nor_its_storage() -> None:
 
     alive: list[weakref.ref[Any]] = []
     metrics = Metrics()
-    metrics.hook = TRAIN_BATCH
+    metrics.start_batches(TRAIN_BATCH)
     for _ in range(2):
         value = Big.apply(torch.ones(1, requires_grad=True))
         row = torch.zeros(1000)
@@ -668,6 +682,14 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def finish(metrics: Metrics) -> None:
+    """End the epoch of training, or of the validation."""
+    if metrics.table is metrics.train:
+        metrics.end_batches()
+    else:
+        metrics.end_loader(0, 3)
+
+
 def log_everything(metrics: Metrics, device: str) -> None:
     """Log values of every kind, as a step on that device would."""
     for round_ in range(3):
@@ -685,10 +707,12 @@ def log_everything(metrics: Metrics, device: str) -> None:
 
 @pytest.mark.parametrize("hook", [TRAIN_BATCH, "validation_step"])
 def test_filing_a_value_waits_for_nothing(hook: str) -> None:
-    metrics = Metrics() if hook == TRAIN_BATCH else validating()
-    metrics.hook = hook
+    metrics = validating()
+    if hook == TRAIN_BATCH:
+        metrics.leave_evaluation(TRAIN_BATCH)
     with Waits() as mode:
         log_everything(metrics, "cpu")
+        finish(metrics)
         values = metrics.callback_metrics  # copies, to be read by whoever asked
     assert values
     assert mode.waits == []
@@ -696,10 +720,14 @@ def test_filing_a_value_waits_for_nothing(hook: str) -> None:
 
 @pytest.mark.parametrize("hook", [TRAIN_BATCH, "validation_step"])
 def test_filing_a_value_never_looks_at_it(hook: str) -> None:
-    metrics = Metrics() if hook == TRAIN_BATCH else validating()
-    metrics.hook = hook
+    metrics = validating()
+    if hook == TRAIN_BATCH:
+        metrics.leave_evaluation(TRAIN_BATCH)
     log_everything(metrics, "meta")  # there is nothing to look at: reading would raise
-    assert all(value.is_meta or "number" in name for name, value in metrics.callback_metrics.items())
+    finish(metrics)
+    values = metrics.callback_metrics
+    assert values
+    assert all(value.is_meta or "number" in name for name, value in values.items())
 
 
 @pytest.mark.gpu
@@ -712,7 +740,7 @@ def test_filing_a_value_does_not_synchronise_with_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
     on_host = validating()
     log_everything(on_host, "cpu")
-    assert metrics.evaluation_results() == on_host.evaluation_results()
+    assert result_of(metrics) == result_of(on_host)
 
 
 def test_all_values_are_read_in_one_transfer() -> None:
@@ -753,7 +781,7 @@ def test_a_metric_may_come_from_the_host_and_from_the_gpu(order: tuple[str, ...]
 
 # ---------------------------------------------------------------- resume
 def train_on(metrics: Metrics, values: list[float]) -> None:
-    metrics.hook = TRAIN_BATCH
+    metrics.start_batches(TRAIN_BATCH)
     for value in values:
         metrics.batch = torch.zeros(int(value * 10) % 5 + 1)
         for reduce_fx in ("mean", "sum", "min", "max"):
@@ -774,10 +802,10 @@ def test_an_epoch_goes_on_from_its_state_exactly(stop: int) -> None:
     second.load_state_dict(state)
     train_on(second, values[stop:])
     for metrics in (whole, second):
-        metrics.epoch_ended = True
+        metrics.end_batches()
     assert second.callback_metrics == whole.callback_metrics
     assert second.progress_bar_metrics == whole.progress_bar_metrics
-    assert second.epoch_metrics() == whole.epoch_metrics()
+    assert second.end_epoch(whole=True) == whole.end_epoch(whole=True)
     assert repr(state) == repr(before)  # a state may be loaded twice
 
 
@@ -798,7 +826,8 @@ def test_a_state_from_the_host_goes_on_on_the_gpu() -> None:
     first.log("x", torch.tensor(1.0), on_epoch=True)
     second.load_state_dict(first.state_dict())
     second.log("x", torch.tensor(2.0, device="cuda"), on_epoch=True)
-    assert second.epoch_metrics() == {"x_epoch": 1.5}
+    second.end_batches()
+    assert numbers(second.end_epoch(whole=True)) == {"x_epoch": 1.5}
 
 
 def test_an_epoch_goes_on_exactly_from_a_checkpoint_file(tmp_path: Path) -> None:

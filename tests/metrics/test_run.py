@@ -335,7 +335,7 @@ def test_the_structure_may_change_from_batch_to_batch() -> None:
 def test_the_mean_over_batches_without_tensors_needs_their_size() -> None:
     def validate(**options: Any) -> list[dict[str, float]]:
         module = Logs(val=lambda self, batch: self.log("x", float(len(batch)), **options))
-        return trainer_of().validate(module, [[["a", "b"], ["c"], ["d"]]], verbose=False)
+        return trainer_of().validate(module, iter([["a", "b"], ["c"], ["d"]]), verbose=False)
 
     with pytest.raises(MisconfigurationException, match=r"no tensor in this batch.*self.log\(..., batch_size=...\)"):
         validate()

@@ -318,7 +318,7 @@ def test_the_weight_is_the_first_dimension_of_the_first_tensor(kind: str) -> Non
     batches = [nested(batch, kind) for batch in BATCHES]
     means = iter(batch.mean() for batch in BATCHES)
     trainer = trainer_of()
-    results = trainer.validate(Logs(val=lambda self, batch: self.log("x", next(means))), [batches], verbose=False)
+    results = trainer.validate(Logs(val=lambda self, batch: self.log("x", next(means))), iter(batches), verbose=False)
     assert results == [{"x": 4.5}]
 
 
@@ -326,14 +326,16 @@ def test_the_structure_may_change_from_batch_to_batch() -> None:
     kinds = ("tuple", "dict", "tensor")
     batches = [nested(batch, kind) for batch, kind in zip(BATCHES, kinds, strict=True)]
     means = iter(batch.mean() for batch in BATCHES)
-    results = trainer_of().validate(Logs(val=lambda self, batch: self.log("x", next(means))), [batches], verbose=False)
+    results = trainer_of().validate(
+        Logs(val=lambda self, batch: self.log("x", next(means))), iter(batches), verbose=False
+    )
     assert results == [{"x": 4.5}]
 
 
 def test_the_mean_over_batches_without_tensors_needs_their_size() -> None:
     def validate(**options: Any) -> list[dict[str, float]]:
         module = Logs(val=lambda self, batch: self.log("x", float(len(batch)), **options))
-        return trainer_of().validate(module, [[["a", "b"], ["c"], ["d"]]], verbose=False)
+        return trainer_of().validate(module, iter([["a", "b"], ["c"], ["d"]]), verbose=False)
 
     with pytest.raises(MisconfigurationException, match=r"no tensor in this batch.*self.log\(..., batch_size=...\)"):
         validate()

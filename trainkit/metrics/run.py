@@ -181,6 +181,10 @@ class Metrics:
         """Put values among the callback metrics, where they stay until they are replaced."""
         self.seen.update({name: as_tensor(value) for name, value in values.items()})
 
+    def note_row(self, values: dict[str, Any]) -> None:
+        """Put a row's values among the logged metrics: whoever writes one past `log` wants them there, too."""
+        self.seen_by_loggers.update({name: as_tensor(value) for name, value in values.items()})
+
     # ------------------------------------------------------------------ the run moves on
     def start_batches(self, hook: str) -> None:
         """From here on step values show."""

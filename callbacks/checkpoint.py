@@ -45,7 +45,7 @@ class ModelCheckpoint(Checkpoint):
 
     Args:
         dirpath: where the files go; it is made if need be. None: `checkpoints` in the run directory
-            (`trainer.log_dir`).
+            (`trainer.run_dir`).
         filename: a template such as "{epoch}-{val_loss:.2f}". Every metric, "epoch" and "step" can be in it; a metric
             that is not there becomes 0. A "/" makes directories. None: "{epoch}-{step}". A file that is there already
             is not overwritten: the new one ends in "-v1".
@@ -254,7 +254,7 @@ class ModelCheckpoint(Checkpoint):
         self._resumed_from = trainer.resume_path
         if stage != "fit" or trainer.fast_dev_run:
             return
-        directory = self._given_dirpath or os.path.realpath(os.path.join(trainer.log_dir, "checkpoints"))
+        directory = self._given_dirpath or os.path.realpath(os.path.join(trainer.run_dir, "checkpoints"))
         if directory != self.dirpath or (trainer.global_step == 0 and trainer.resume_path is None):
             self._forget()
         self.dirpath = directory

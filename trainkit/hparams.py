@@ -7,13 +7,48 @@ import dataclasses
 import inspect
 import os
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainkit.errors import MisconfigurationException, warn
+
+_given: ContextVar[tuple[type, dict[str, Any]] | None] = ContextVar("_given", default=None)
+
+
+@contextmanager
+def given_hyperparameters(cls: type, values: Mapping[str, Any]) -> Iterator[None]:
+    """Let `save_hyperparameters` of an object of this class keep these values in place of what `__init__` got.
+
+    A command line knows what an object was made from, where `__init__` gets objects that no checkpoint can hold.
+    """
+    token = _given.set((cls, dict(values)))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+if TYPE_CHECKING:
+    class_only = classmethod
+else:
+
+    class class_only(classmethod):
+        """A classmethod that says so when it is called on an object, where its result would be lost."""
+
+        def __get__(self, instance: object, owner: type | None = None) -> Any:
+            if instance is None:
+                return super().__get__(instance, owner)
+            name = f"{type(instance).__name__}.{self.__func__.__name__}"
+
+            def refuse(*args: Any, **kwargs: Any) -> None:
+                raise TypeError(f"call {name} on the class, not on an object: it returns a new one.")
+
+            return refuse
 
 
 class AttributeDict(dict[str, Any]):
@@ -52,20 +87,29 @@ class HyperParameters:
             logger: whether loggers get them.
 
         Raises:
-            ValueError: `__init__` has no argument of that name.
-            TypeError: neither names nor one dict, Namespace or dataclass.
+            KeyError: `__init__` has no argument of that name.
+            ValueError: neither names nor one dict, Namespace or dataclass.
         """
+        if len(args) == 1 and not isinstance(args[0], torch.Tensor) and not args[0]:
+            return  # nothing in it
         store = self.__dict__
+        store["_log_hparams"] = logger
         current = inspect.currentframe()
-        given = _init_arguments(self, frame if frame is not None else current and current.f_back)
+        configured = _given.get()
+        if configured is not None and configured[0] is type(self):
+            given = configured[1]
+        else:
+            given = _init_arguments(self, frame if frame is not None else current and current.f_back)
         if any(not isinstance(name, str) for name in args):
             values = _mapping(args)
             # the argument that load_from_checkpoint has to give them to
-            store["_hparams_name"] = next((name for name, value in given.items() if value is args[0]), "kwargs")
+            holders = [name for name, value in given.items() if value is args[0]]
+            holders += [name for name, value in given.items() if type(value) is type(args[0]) and _same(value, args[0])]
+            store["_hparams_name"] = holders[0] if holders else "kwargs"
         else:
             unknown = [name for name in args if name not in given]
             if unknown:
-                raise ValueError(
+                raise KeyError(
                     f"save_hyperparameters: {type(self).__name__}.__init__ has no argument "
                     f"{', '.join(map(repr, unknown))}; it has: {', '.join(given)}."
                 )
@@ -81,7 +125,11 @@ class HyperParameters:
                 )
         store["_hparams"] = AttributeDict(kept)
         store["_hparams_initial"] = {name: _copied(value) for name, value in kept.items() if not _heavy(value)}
-        store["_log_hparams"] = logger
+
+    def remove_ignored_hparams(self, ignore_list: Iterable[str]) -> None:
+        """Forget hyperparameters, those that a base class kept included."""
+        for name in ignore_list:
+            self.hparams.pop(name, None)
 
     @property
     def hparams(self) -> AttributeDict:
@@ -119,14 +167,14 @@ def _copied(value: Any) -> Any:
 def _mapping(args: tuple[Any, ...]) -> dict[str, Any]:
     given = args[0]
     if len(args) > 1:
-        raise TypeError(f"save_hyperparameters takes names of arguments, or one object. Received: {args!r}.")
+        raise ValueError(f"save_hyperparameters takes names of arguments, or one object. Received: {args!r}.")
     if isinstance(given, Namespace):
         return dict(vars(given))
     if isinstance(given, Mapping):
         return dict(given)
     if dataclasses.is_dataclass(given) and not isinstance(given, type):
         return {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
-    raise TypeError(
+    raise ValueError(
         "save_hyperparameters takes names of arguments, or one dict, Namespace or dataclass. "
         f"Received: {type(given).__name__}."
     )
@@ -135,7 +183,7 @@ def _mapping(args: tuple[Any, ...]) -> dict[str, Any]:
 def _init_arguments(owner: object, frame: FrameType | None) -> dict[str, Any]:
     """Return what an object is being made with: the arguments of its class's `__init__` and its base classes'."""
     if dataclasses.is_dataclass(owner):
-        return {field.name: getattr(owner, field.name) for field in dataclasses.fields(owner)}
+        return {field.name: getattr(owner, field.name) for field in dataclasses.fields(owner) if field.init}
     while frame is not None and not _is_init_of(owner, frame):
         frame = frame.f_back
     collected: dict[str, Any] = {}
@@ -200,6 +248,13 @@ def merged_hparams(owners: Iterable[HyperParameters]) -> dict[str, Any]:
             )
         merged.update(values)
     return merged
+
+
+def _same(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def _differ(one: Any, other: Any) -> bool:

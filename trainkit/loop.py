@@ -11,7 +11,7 @@ from trainkit.errors import MisconfigurationException, warn
 from trainkit.metrics import TRAIN_BATCH
 
 if TYPE_CHECKING:
-    from trainkit.data.loader import Loader
+    from trainkit.data.loader import Batches
     from trainkit.trainer import Trainer
 
 
@@ -35,7 +35,7 @@ def fit(trainer: Trainer) -> None:
         start, gradients = progress.batch, False
         is_last = True  # until a batch says otherwise: a resumed epoch may have none left
         if start == 0:  # else: resumed inside this epoch
-            sources.reload_if_due(progress.epoch)
+            sources.reload_if_due()
             hooks.on_train_epoch_start()
         metrics.start_batches(TRAIN_BATCH)
 
@@ -105,7 +105,7 @@ def fit(trainer: Trainer) -> None:
                 if window_ends:
                     metrics.hook = "on_validation_model_zero_grad"
                     module.on_validation_model_zero_grad()
-                evaluate(trainer, "validation", sources.loaders["val"])
+                evaluate(trainer, "validation", sources.validation())
                 metrics.leave_evaluation(TRAIN_BATCH)
                 trainer.is_last_batch = is_last
             if stepped and automatic and schedules.plateau_by_step:
@@ -132,8 +132,13 @@ def fit(trainer: Trainer) -> None:
     hooks.on_train_end()
 
 
-def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[str, float]]:
-    """Run "validation" or "test" over every loader in turn and return what was logged, a dict for each loader."""
+def evaluate(trainer: Trainer, stage: str, loaders: list[Batches]) -> list[dict[str, float]]:
+    """Run "validation" or "test" over every loader in turn and return what was logged, a dict for each loader.
+
+    Loaders that are drawn from at once are one here. Without a batch nothing runs.
+    """
+    if not any(loader.num_batches for loader in loaders):
+        return []
     hooks, metrics, transfer = trainer.hooks.evaluation(stage, len(loaders)), trainer.metrics, trainer.transfer
     step_name = f"{stage}_step"
     step = trainer.wrapped_step(step_name, len(loaders))
@@ -165,8 +170,13 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Loader]) -> list[dict[s
     return results
 
 
-def predict(trainer: Trainer, loaders: list[Loader], keep: bool) -> list[Any]:
-    """Run `predict_step` over every loader and return what it gave, on the host; a list for each loader."""
+def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] | None:
+    """Run `predict_step` over every loader and return what it gave, on the host; a list for each of several loaders.
+
+    Without a batch nothing runs, and there is nothing to return.
+    """
+    if not any(loader.num_batches for loader in loaders):
+        return None
     hooks, metrics, transfer = trainer.hooks.evaluation("predict", len(loaders)), trainer.metrics, trainer.transfer
     step = trainer.wrapped_step("predict_step", len(loaders))
     predictions: list[list[Any]] = [[] for _ in loaders]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,6 +98,47 @@ def isolated_random(include_cuda: bool = True) -> Iterator[None]:
 def draw_seed(generator: torch.Generator | None = None) -> int:
     """Draw a 63-bit seed from a generator, torch's default one when none is given."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+
+
+def seed_of_state() -> int:
+    """Return a 63-bit seed that is a function of torch's random state, which stays as it is."""
+    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def derived_seed(*parts: int | str) -> int:
+    """Return a 63-bit seed that is a pure function of the parts."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def seed_host(seed: int) -> None:
+    """Seed python, numpy and torch on the host. Devices are left alone, which makes it cheap (a few microseconds)."""
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    _numpy().seed(seed & MAX_SEED)
+
+
+def torch_kept(seed: int, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a call gives with seeded random sources; torch's has its state back after, the others cost more."""
+    state = torch.default_generator.get_state()
+    seed_host(seed)
+    try:
+        return call(*arguments)
+    finally:
+        torch.default_generator.set_state(state)
+
+
+def all_kept(seed: int, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a call gives with seeded random sources, which all have their state back after."""
+    python, numpy, host = random.getstate(), _numpy().get_state(), torch.default_generator.get_state()
+    seed_host(seed)
+    try:
+        return call(*arguments)
+    finally:
+        random.setstate(python)
+        _numpy().set_state(numpy)
+        torch.default_generator.set_state(host)
 
 
 def _numpy() -> Any:

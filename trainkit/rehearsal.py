@@ -73,7 +73,7 @@ def rehearsal(trainer: Trainer, callbacks: Iterable[Callback]) -> Iterator[None]
         # who moves schedules by hand finds as many as ever, but none that moves anything
         trainer.lr_scheduler_configs = [replace(c, scheduler=Still(c.scheduler)) for c in trainer.lr_scheduler_configs]
         trainer.schedules = Schedules([], trainer)
-        trainer.sources = Sources(trainer, trainer.sources.given)
+        trainer.sources = Sources(trainer, trainer.sources.given, trainer.sources.seed)
         stack.callback(trainer.sources.close)
         trainer.metrics = Metrics(module)
         module.attach(trainer, trainer.metrics)

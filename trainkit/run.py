@@ -26,6 +26,8 @@ from trainkit.hparams import merged_hparams
 from trainkit.metrics import Metrics, NoMetrics
 from trainkit.module import Module
 from trainkit.optim import Schedules, configure
+from trainkit.profiler.actions import actions_of, recorded
+from trainkit.random import seed_of_state
 from trainkit.signals import Interrupted
 from trainkit.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainkit.update import StepOptimizer, Update
@@ -107,7 +109,7 @@ def attach(
     trainer.module = module
     trainer.datamodule = datamodule
     trained = trainer.sources.loaders.get("train") if fn != TrainerFn.FITTING else None
-    trainer.sources = Sources(trainer, sources)
+    trainer.sources = Sources(trainer, sources, seed_of_state())
     if trained is not None:  # so that what fit left behind can still be saved
         trainer.sources.loaders["train"] = trained
     trainer.state = TrainerState(TrainerStatus.RUNNING, fn, LOOP[fn])
@@ -120,6 +122,8 @@ def attach(
         if trainer.max_epochs is None:
             trainer.max_epochs = 1000  # nothing else limits the run
         trainer.optimizers, trainer.lr_scheduler_configs = [], []
+    trainer.actions = actions_of(trainer.profiler)
+    trainer.profiler._lightning_module = module
     trainer.metrics.hook = "setup"
     module.attach(trainer, trainer.metrics)
     if datamodule is not None:
@@ -135,17 +139,20 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     """Bring a run to where its loop can begin, in Lightning's order."""
     module, hooks, fitting = trainer.module, trainer.hooks, fn == TrainerFn.FITTING
     stage = str(fn.value)
-    for prepare_data in [*(part.prepare_data for part in data), module.prepare_data]:
-        prepare_data()
+    for part in data:
+        recorded(trainer, "LightningDataModule", part, "prepare_data")()
+    recorded(trainer, "LightningModule", module, "prepare_data")()
     trainer.read_checkpoint(ckpt_path, stage)
     if fitting:
         components.claim_directories(trainer.loggers)
+    if trainer.actions is not None:  # the run's directory is known by now
+        set_profiler_up(trainer, stage)
     for part in data:
-        part.setup(stage)
+        recorded(trainer, "LightningDataModule", part, "setup")(stage)
     hooks.setup(stage)
     if is_overridden(module, "configure_model"):
         with trainer.init_module():
-            module.configure_model()
+            recorded(trainer, "LightningModule", module, "configure_model")()
     trainer.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones must not pass float32
     if trainer.checkpoint is not None:
         restore.restore_weights(trainer, trainer.checkpoint, Path(trainer.resume_path or ""))
@@ -153,20 +160,37 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     trainer.transfer = transfer_of(trainer.strategy, module, trainer.datamodule)
     if trainer.transfer is not None and any(is_overridden(o, name) for o in (*data, module) for name in TRANSFER_HOOKS):
         trainer.transfer = announced(trainer, "transfer_batch_to_device", trainer.transfer)
+    if trainer.actions is not None and trainer.transfer is not None:
+        name = f"[Strategy]{type(trainer.strategy).__name__}.batch_to_device"
+        trainer.transfer = trainer.actions.wrap(name, trainer.transfer)
     if fitting:
         configure_optimizers(trainer)
     trainer.precision_plugin.attach(trainer.optimizers if fitting else [], trainer.device)
     if fitting:
         hooks.on_fit_start()  # from here on the loops can be called, as those who search a setting do
-        if trainer.enable_autolog_hparams:
-            log_hyperparameters(trainer)
+    if trainer.enable_autolog_hparams:
+        log_hyperparameters(trainer)
     module.zero_grad()
+
+
+def set_profiler_up(trainer: Trainer, stage: str) -> None:
+    """Tell the profiler of the run, as Lightning does."""
+    rank = trainer.local_rank if trainer.world_size > 1 else None
+    trainer.profiler.setup(stage=stage, local_rank=rank, log_dir=trainer.log_dir)
 
 
 def configure_optimizers(trainer: Trainer) -> None:
     """Make optimizers and schedules, when the parameters are where they will be trained."""
     trainer.metrics.hook = "configure_optimizers"
-    trainer.optimizers, trainer.lr_scheduler_configs = configure(trainer.module)
+    with trainer.profiler.profile(f"[LightningModule]{type(trainer.module).__name__}.configure_optimizers"):
+        trainer.optimizers, trainer.lr_scheduler_configs = configure(trainer.module)
+    if trainer.actions is not None:
+        names = [f"[Strategy]{type(trainer.strategy).__name__}.optimizer_step"]
+        if not trainer.module.automatic_optimization:
+            names = ["optimizer_step", *names]
+        elif not is_overridden(trainer.module, "optimizer_step"):
+            names = [f"[LightningModule]{type(trainer.module).__name__}.optimizer_step", *names]
+        trainer.actions.watch(trainer.optimizers, *names)
     trainer.schedules = Schedules(trainer.lr_scheduler_configs, trainer)
     trainer.step_optimizers = [StepOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]
     trainer.update = Update(trainer)
@@ -174,6 +198,8 @@ def configure_optimizers(trainer: Trainer) -> None:
 
 def log_hyperparameters(trainer: Trainer) -> None:
     """Hand the module's and the data module's hyperparameters, and the graph, to the loggers, once a run."""
+    if not trainer.loggers:
+        return
     hparams = merged_hparams([owner for owner in (trainer.module, trainer.datamodule) if owner is not None])
     for logger in trainer.loggers:
         if hparams:
@@ -185,7 +211,8 @@ def log_hyperparameters(trainer: Trainer) -> None:
 def tear_down(trainer: Trainer, fn: TrainerFn, data: list[DataModule], status: str) -> None:
     """Give everything back, errors or not; an error in here does not hide the one that came before."""
     ongoing, stage = sys.exc_info()[1], str(fn.value)
-    for teardown in [*(part.teardown for part in data), trainer.hooks.teardown]:
+    parts = [recorded(trainer, "LightningDataModule", part, "teardown") for part in data]
+    for teardown in [*parts, trainer.hooks.teardown]:
         try:
             teardown(stage)
         except BaseException as error:
@@ -199,3 +226,8 @@ def tear_down(trainer: Trainer, fn: TrainerFn, data: list[DataModule], status: s
     trainer.accelerator.teardown()
     trainer.state.stage = None
     trainer.metrics.finish()
+    if trainer.actions is not None:
+        trainer.actions.close()
+        trainer.actions = None
+        trainer.profiler.describe()
+    trainer.profiler._lightning_module = None

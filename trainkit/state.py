@@ -98,7 +98,7 @@ def resume_state(trainer: Trainer) -> dict[str, Stateful]:
         "progress": trainer.progress,
         "optimizer_states": Each("optimizers", trainer.optimizers),
         "lr_schedulers": Each("lr schedulers", [config.scheduler for config in trainer.lr_scheduler_configs]),
-        "loader": trainer.sources.train,
+        "loader": trainer.sources,
         "metrics": trainer.metrics,
         "random": RandomState(),
     }

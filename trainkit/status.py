@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from trainkit.loggers.base import FileLogger, run_directory
 from trainkit.loops import EvaluationLoop, FitLoop
 from trainkit.stages import RunningStage, TrainerFn, TrainerStatus
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from trainkit.module import Module
     from trainkit.optim import Schedules
     from trainkit.precision import Precision
+    from trainkit.profiler import Profiler
     from trainkit.signals import Interruption
     from trainkit.stages import TrainerState
     from trainkit.state import Progress
@@ -53,7 +55,7 @@ class Status:
     precision_plugin: Precision
     strategy: Strategy
     checkpoint_io: CheckpointIO
-    profiler: Any
+    profiler: Profiler
     optimizers: list[Optimizer]
     state: TrainerState
     default_root_dir: str
@@ -116,7 +118,7 @@ class Status:
         batches = self.num_training_batches
         if self.max_epochs is None or self.max_epochs == -1 or batches == math.inf:
             return self.max_steps if self.max_steps != -1 else math.inf
-        updates = math.ceil(batches / self.accumulate_grad_batches) * self.max_epochs
+        updates = math.ceil(batches / self.accumulate_grad_batches) * max(self.max_epochs, 1)
         return min(updates, self.max_steps) if self.max_steps != -1 else updates
 
     @property
@@ -224,7 +226,7 @@ class Status:
     @property
     def num_training_batches(self) -> int | float:
         """Training batches of an epoch; infinity when the loader does not say."""
-        return next(iter(self.sources.num_batches("train")), math.inf)
+        return next((loader.num_batches for loader in self.sources.loaders.get("train", [])), math.inf)
 
     @property
     def num_val_batches(self) -> list[int | float]:
@@ -234,7 +236,8 @@ class Status:
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
         """Validation batches of each loader that the sanity check tries."""
-        return [min(self.num_sanity_val_steps, number) for number in self.num_val_batches]
+        batches = self.num_val_batches if self.state.fn is TrainerFn.FITTING else []
+        return [min(self.num_sanity_val_steps, number) for number in batches]
 
     @property
     def num_test_batches(self) -> list[int | float]:
@@ -248,22 +251,22 @@ class Status:
 
     @property
     def train_dataloader(self) -> Any:
-        """The training loader as the user made it, None before there is one."""
+        """The training loader as the user gave it, in its structure; None before there is one."""
         return self.sources.objects.get("train")
 
     @property
     def val_dataloaders(self) -> Any:
-        """The validation loaders as the user made them."""
+        """The validation loaders as the user gave them, in their structure."""
         return self.sources.objects.get("val")
 
     @property
     def test_dataloaders(self) -> Any:
-        """The test loaders as the user made them."""
+        """The test loaders as the user gave them, in their structure."""
         return self.sources.objects.get("test")
 
     @property
     def predict_dataloaders(self) -> Any:
-        """The predict loaders as the user made them."""
+        """The predict loaders as the user gave them, in their structure."""
         return self.sources.objects.get("predict")
 
     @property
@@ -274,7 +277,7 @@ class Status:
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         """What a sampler needs to know to give each process its part; None with one process."""
-        return None
+        return self.strategy.distributed_sampler_kwargs
 
     # ---- Lightning's loops
     @property
@@ -310,7 +313,7 @@ class Status:
 
     @property
     def logger(self) -> Logger | None:
-        """The first logger, or None."""
+        """The first logger, or None. Setting it replaces all loggers by one, or by none."""
         return self.loggers[0] if self.loggers else None
 
     @logger.setter
@@ -318,10 +321,25 @@ class Status:
         self.loggers = [] if logger is None else [logger]
 
     @property
-    def log_dir(self) -> str:
-        """The run directory: the first logger's, else default_root_dir."""
-        directory = self.loggers[0].log_dir if self.loggers else None
-        return str(directory) if directory is not None else self.default_root_dir
+    def log_dir(self) -> str | None:
+        """The first logger's run directory; of one that has none of its own, the `save_dir`, which may be None.
+
+        Without loggers it is `default_root_dir`.
+        """
+        if not self.loggers:
+            return self.default_root_dir
+        first = self.loggers[0]
+        directory = first.log_dir if isinstance(first, FileLogger) else first.save_dir
+        return None if directory is None else str(directory)
+
+    @property
+    def run_dir(self) -> str:
+        """Where files of this run go that are not a logger's, checkpoints first of all.
+
+        `<save_dir>/<name>/<version>` of the first logger, in `default_root_dir` if it has no save_dir; without loggers
+        `default_root_dir`.
+        """
+        return run_directory(self.loggers[0], self.default_root_dir) if self.loggers else self.default_root_dir
 
     @property
     def device(self) -> torch.device:

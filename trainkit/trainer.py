@@ -41,6 +41,7 @@ from trainkit.update import StepOptimizer
 
 if TYPE_CHECKING:
     from trainkit.profiler import Profiler
+    from trainkit.profiler.actions import Actions
 
 PrecisionName = Literal[
     "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "16", "64", "bf16"
@@ -83,6 +84,7 @@ class Trainer(Status):
         deterministic: use deterministic algorithms only; "warn" warns where there is none.
         benchmark: let cuDNN try its algorithms and take the fastest.
         inference_mode: evaluate under torch.inference_mode (else torch.no_grad).
+        profiler: "simple", "advanced", "pytorch" or a Profiler: report where the time of a run goes.
         detect_anomaly: let autograd name the operation that made a NaN. Slow.
         reload_dataloaders_every_n_epochs: ask for new loaders every n epochs; 0 for never.
         default_root_dir: where logs and checkpoints go (default: the current directory).
@@ -153,6 +155,8 @@ class Trainer(Status):
         self.accelerator, self.strategy, self.precision_plugin = parts.accelerator, parts.strategy, parts.precision
         self.checkpoint_io, self.profiler = parts.checkpoint_io, parts.profiler
         self.loggers, self.callbacks = parts.loggers, parts.callbacks
+        self.actions: Actions | None = None
+        """What records this run's calls, when a profiler is on."""
 
         self.progress = Progress()
         self.metrics = Metrics()
@@ -353,7 +357,11 @@ class Trainer(Status):
         """
         if getattr(self, "module", None) is None:
             raise AttributeError("save_checkpoint needs a module: call it during or after fit.")
-        checkpoint = restore.collect(self, bool(weights_only))
+        with self.profiler.profile("save_checkpoint"):
+            self._save_checkpoint(filepath, bool(weights_only), storage_options)
+
+    def _save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool, storage_options: Any) -> None:
+        checkpoint = restore.collect(self, weights_only)
         for logger in self.loggers:
             logger.sync()  # a run resumed from here expects the earlier rows to be there
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
@@ -392,10 +400,19 @@ class Trainer(Status):
         """Return a step of the module as the loop calls it, in the run's precision and strategy."""
         method = getattr(self.module, name)
         if takes_iterator(method):
-            return self.strategy.wrap(self.precision_plugin.wrap(partial(with_iterator, method)))
+            return self._wrapped(name, partial(with_iterator, method))
         given = ("batch", "batch_idx") if name == "training_step" else ("batch", "batch_idx", "dataloader_idx")
         step = fitted(method, name, given, 1 if num_dataloaders == 1 else 3, num_dataloaders)
-        return self.strategy.wrap(self.precision_plugin.wrap(step))
+        return self._wrapped(name, step)
+
+    def _wrapped(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        actions = self.actions
+        if actions is not None:
+            step = actions.wrap(f"[LightningModule]{type(self.module).__name__}.{name}", step)
+        step = self.strategy.wrap(self.precision_plugin.wrap(step))
+        if actions is not None:
+            step = actions.wrap(f"[Strategy]{type(self.strategy).__name__}.{name}", step)
+        return step
 
     def check_batch(self, batch: Any) -> None:
         """Refuse a first batch that is not where the module is."""

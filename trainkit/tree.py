@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -44,6 +45,40 @@ def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
             mapping[key] = value
         return mapping
     return tree
+
+
+def children(tree: Any) -> list[Any] | None:
+    """Return what a plain container holds; None for everything else, subclasses of containers included."""
+    kind = type(tree)
+    if kind in (dict, OrderedDict, defaultdict):
+        return list(tree.values())
+    if kind in (list, tuple, deque) or (isinstance(tree, tuple) and hasattr(tree, "_fields")):
+        return list(tree)
+    return None
+
+
+def leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> list[Any]:
+    """Return what nested plain containers hold, in order; `is_leaf` stops early, at a container of numbers say."""
+    held = None if is_leaf(tree) else children(tree)
+    return [tree] if held is None else [leaf for child in held for leaf in leaves(child, is_leaf)]
+
+
+def with_leaves(tree: Any, is_leaf: Callable[[Any], bool], values: Iterable[Any]) -> Any:
+    """Return nested containers like these ones, with other leaves."""
+    left = iter(values)
+
+    def rebuilt(node: Any) -> Any:
+        held = None if is_leaf(node) else children(node)
+        if held is None:
+            return next(left)
+        if isinstance(node, dict):
+            filled = copy.copy(node)  # keeps a defaultdict's factory
+            filled.update(zip(node, map(rebuilt, held), strict=True))
+            return filled
+        items = map(rebuilt, held)
+        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
+
+    return rebuilt(tree)
 
 
 def tensors(tree: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:

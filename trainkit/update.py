@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 from trainkit.errors import MisconfigurationException
 from trainkit.hooks import announced, is_overridden
 from trainkit.metrics import TRAIN_BATCH
+from trainkit.profiler.actions import recorded
 
 if TYPE_CHECKING:
+    from trainkit.profiler.actions import Actions
     from trainkit.trainer import Trainer
 
 Step = Callable[..., Any]
@@ -47,6 +49,17 @@ class Update:
             self.clip = announced(trainer, "configure_gradient_clipping", self._clip_as_configured)
         elif trainer.gradient_clip_val is not None and trainer.gradient_clip_val > 0:
             self.clip = self._clip
+        if trainer.actions is not None:
+            self._record(trainer.actions)
+
+    def _record(self, actions: Actions) -> None:
+        """Let a profiler see the parts of an update."""
+        module, strategy = (type(part).__name__ for part in (self.trainer.module, self.trainer.strategy))
+        zero_grad = self.trainer.module.optimizer_zero_grad
+        self.zero_grad = actions.wrap(f"[LightningModule]{module}.optimizer_zero_grad", zero_grad)
+        self.backward = actions.wrap(f"[Strategy]{strategy}.backward", self.backward)
+        if self.clip is not None:
+            self.clip = actions.wrap(f"[LightningModule]{module}.configure_gradient_clipping", self.clip)
 
     def _backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer
@@ -99,7 +112,8 @@ class Replay:
         self.trainer, self.own = trainer, update
         self.training_step = announced(trainer, TRAIN_BATCH, training_step)
         self.loss_of = loss_of
-        self.optimizer_step = announced(trainer, "optimizer_step", trainer.module.optimizer_step)
+        step = recorded(trainer, "LightningModule", trainer.module, "optimizer_step")
+        self.optimizer_step = announced(trainer, "optimizer_step", step)
         self.window: list[tuple[Any, int]] = []
         """The batches whose gradients are pending, with their index."""
 

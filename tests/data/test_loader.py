@@ -34,7 +34,8 @@ from torch.utils.data import (
 )
 
 from trainkit import Callback, Module, Trainer
-from trainkit.data.loader import IgnoreInterrupts, Loader, length_of, limited
+from trainkit.data.loader import IgnoreInterrupts, Loader, limited
+from trainkit.data.samplers import in_sequence, length_of
 from trainkit.errors import MisconfigurationException
 
 
@@ -189,26 +190,32 @@ def test_a_sampler_over_other_data_decides_which_samples_there_are() -> None:
         RandomSampler(range(10), num_samples=25),
         WeightedRandomSampler([0.0] * 9 + [1.0], 8),
         SubsetRandomSampler([2, 4, 6]),
-        Subset(range(10), [3, 1]).indices,
+        Subset(range(10), [3, 1, 2, 5]).indices,
     ],
     ids=lambda sampler: type(sampler).__name__,
 )
-def test_other_samplers_are_left_alone(sampler: Any) -> None:
-    source = DataLoader(Numbers(10), batch_size=2, sampler=sampler)
-    loader = wrapped(source)
+def test_other_samplers_keep_their_order_which_is_a_function_of_seed_and_epoch(sampler: Any) -> None:
+    def loader(seed: int = 1) -> Loader:
+        return wrapped(DataLoader(Numbers(10), batch_size=2, sampler=sampler), seed=seed)
+
+    assert loader().order is None
+    epoch = taken(loader(), 3)
+    assert sum(len(batch) for _, batch, _ in epoch) == len(sampler)
     torch.manual_seed(3)
-    got = [batch for _, batch, _ in taken(loader)]
-    torch.manual_seed(3)
-    assert got == [batch.tolist() for batch in source]
-    assert loader.order is None
+    with pytest.warns(UserWarning, match="can't be repositioned"):
+        assert taken(loader(), 3, start=1) == epoch[1:]
+    if isinstance(sampler, RandomSampler):
+        assert len({str(taken(loader(seed), epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
 
 
-def test_a_batch_sampler_of_another_kind_is_left_alone() -> None:
-    source = DataLoader(Numbers(10), batch_sampler=Single(RandomSampler(range(10)), 4, False))
-    torch.manual_seed(3)
-    got = [batch for _, batch, _ in taken(wrapped(source))]
-    torch.manual_seed(3)
-    assert got == [batch.tolist() for batch in source]
+def test_a_batch_sampler_of_another_kind_keeps_its_batches_on_a_restart_too() -> None:
+    def loader() -> Loader:
+        batches = Single(RandomSampler(range(10)), 4, False)
+        return wrapped(DataLoader(Numbers(10), batch_sampler=batches), seed=5)
+
+    epoch = taken(loader(), 1)
+    with pytest.warns(UserWarning, match="can't be repositioned"):
+        assert taken(loader(), 1, start=2) == epoch[2:]
 
 
 class Counts(Sampler[int]):
@@ -253,15 +260,15 @@ def test_what_can_not_be_repositioned_is_read_up_to_there_and_says_so() -> None:
     assert taken(wrapped(Claims(5, 5)), 0, start=5) == []
 
 
-def test_sequential_takes_the_data_in_their_own_order() -> None:
+def test_in_sequence_takes_the_data_in_their_own_order() -> None:
     for sampler in (None, WeightedRandomSampler([1.0] * 6, 6), RandomSampler(range(6))):
         source = DataLoader(Numbers(6), 2, shuffle=None if sampler else True, sampler=sampler)
-        loader = wrapped(source, sequential=True)
+        loader = wrapped(in_sequence(source))
         assert [batch for _, batch, _ in taken(loader, 3)] == [[0, 1], [2, 3], [4, 5]]
         assert taken(loader, 3, start=1)[0] == (1, [2, 3], False)
-    stream = wrapped(DataLoader(SizedStream(6, 6), 2), sequential=True)
-    with pytest.warns(UserWarning, match="can't be repositioned"):
-        assert taken(stream, 0, start=1) == [(1, [2, 3], False), (2, [4, 5], True)]
+        assert type(source.sampler) is not SequentialSampler  # the user's own is as it was
+    for source in (DataLoader(SizedStream(6, 6), 2), DataLoader(Numbers(6), 2), [1, 2]):
+        assert in_sequence(source) is source
 
 
 # ---------------------------------------------------------------- loaders with ideas of their own
@@ -322,7 +329,8 @@ def test_a_loader_with_a_state_of_its_own_is_used_as_it_is() -> None:
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_the_users_object_and_random_state_stay_as_they_are(shuffle: bool) -> None:
     generator = torch.Generator().manual_seed(1)
-    source = DataLoader(Numbers(10), 4, shuffle=shuffle, generator=generator, worker_init_fn=print)
+    numbers = torch.arange(10)
+    source = DataLoader(numbers, 4, shuffle=shuffle, generator=generator, worker_init_fn=print)  # type: ignore[arg-type]
     before = dict(vars(source))
     loader = wrapped(source)
     states = torch.get_rng_state(), random.getstate(), str(np.random.get_state()), generator.get_state()
@@ -401,17 +409,25 @@ def test_a_loader_that_gives_nothing_is_refused_when_it_is_wrapped(
 
 
 def test_a_loader_that_turns_out_to_be_empty_is_an_error() -> None:
-    with pytest.raises(MisconfigurationException, match=r"train_dataloader yielded no batch\.$"):
-        taken(wrapped(Claims(0)))
     with pytest.raises(MisconfigurationException, match="yielded no batch although its length is 4"):
         taken(wrapped(Claims(0, 4)))
+    trainer = trainer_of(max_epochs=-1, max_steps=1)
+    with pytest.raises(MisconfigurationException, match="no batch, and max_epochs=-1 would wait for it forever"):
+        trainer.fit(Line(), Claims(0))
 
 
-def test_a_generator_lasts_for_one_epoch_and_the_error_says_so() -> None:
+def test_a_stream_without_a_batch_ends_the_epoch_at_once_with_a_warning() -> None:
+    trainer = trainer_of(max_epochs=2)
+    with pytest.warns(UserWarning, match="train_dataloader yielded no batch: the epoch is over at once"):
+        trainer.fit(Line(), Claims(0))
+    assert (trainer.current_epoch, trainer.global_step) == (2, 0)
+
+
+def test_a_generator_lasts_for_one_epoch_and_the_warning_says_so() -> None:
     loader = wrapped(batch for batch in range(3))
     assert [batch for _, batch, _ in taken(loader)] == [0, 1, 2]
-    with pytest.raises(MisconfigurationException, match="A generator can be read once only"):
-        taken(loader, 1)
+    with pytest.warns(UserWarning, match="A generator can be read once only"):
+        assert taken(loader, 1) == []
 
 
 @pytest.mark.parametrize("source", [3, None, object(), Numbers, "batches"], ids=repr)

@@ -171,8 +171,8 @@ def test_no_validation_batches_turn_validation_off_whatever_the_loader() -> None
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ([loader(), loader()], "one DataLoader or another iterable of batches. Received: a list of 2"),
-        ({"a": loader()}, "Received: a dict of 1"),
+        ([loader(), 5], "train_dataloader 1 must be an iterable of batches. Received: int"),
+        ({"a": loader(), "b": None}, "train_dataloader 1 must be an iterable of batches. Received: NoneType"),
         (5, "train_dataloader must be an iterable of batches. Received: int"),
         (torch.utils.data.TensorDataset(torch.ones(3)), "Wrap the data set"),
     ],
@@ -215,7 +215,8 @@ def test_each_limit_is_for_its_kind_and_for_each_loader() -> None:
 def test_overfitting_takes_the_same_batches_for_training_and_validation_each_time(overfit: float, batches: int) -> None:
     module = Line()
     trainer = trainer_of(overfit_batches=overfit, max_epochs=3, limit_train_batches=3, limit_val_batches=3)
-    trainer.fit(module, loader(shuffle=True), loader(shuffle=True))
+    with pytest.warns(UserWarning, match="the shuffling of (train|val)_dataloader is turned off"):
+        trainer.fit(module, loader(shuffle=True), loader(shuffle=True))
     expected = [[0.0, 1.0], [2.0, 3.0]][:batches]
     for kind in ("train", "val"):
         assert [numbers for step, numbers in module.seen if step == kind] == expected * 3
@@ -223,7 +224,8 @@ def test_overfitting_takes_the_same_batches_for_training_and_validation_each_tim
 
 def test_validation_data_that_are_shuffled_are_shuffled() -> None:
     module = Line()
-    trainer_of().validate(module, loader(shuffle=True, size=64), verbose=False)
+    with pytest.warns(UserWarning, match="val_dataloader shuffles its samples"):
+        trainer_of().validate(module, loader(shuffle=True, size=64), verbose=False)
     numbers = [number for _, batch in module.seen for number in batch]
     assert numbers != sorted(numbers)
     assert sorted(numbers) == list(range(64))

@@ -63,7 +63,8 @@ def test_the_modules_hooks_are_called_in_order_with_the_loaders_index(device: to
 
 def test_the_data_modules_hooks_win_one_by_one() -> None:
     module, data = noting(Module, BEFORE, AFTER), noting(DataModule, AFTER)
-    transfer = transfer_of(Strategy(CPU), module, data)
+    with pytest.warns(UserWarning, match="both have on_after_batch_transfer: the DataModule's is called"):
+        transfer = transfer_of(Strategy(CPU), module, data)
     assert transfer is not None
     assert transfer([], 0) == [BEFORE, AFTER]
     assert (module.trace, data.trace) == ([(BEFORE, 0)], [(AFTER, 0)])

@@ -19,9 +19,9 @@ import torch
 import yaml
 
 from trainkit.errors import MisconfigurationException
-from trainkit.loggers import CSVLogger, FileLogger, Logger, TensorBoardLogger
+from trainkit.loggers import CSVLogger, FileLogger, JSONLinesLogger, Logger, TensorBoardLogger
 
-FILE_LOGGERS = [CSVLogger, TensorBoardLogger]
+FILE_LOGGERS = [CSVLogger, JSONLinesLogger, TensorBoardLogger]
 
 
 @pytest.fixture(params=FILE_LOGGERS)

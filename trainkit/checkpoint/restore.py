@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from trainkit.checkpoint import store
+from trainkit.checkpoint import lightning, store
 from trainkit.errors import CheckpointError, NoCheckpointError, warn
-from trainkit.hooks import is_overridden
-from trainkit.hparams import AttributeDict, plain_hparams
+from trainkit.hparams import plain_hparams
+from trainkit.loggers.base import runs_directory
 from trainkit.stages import TrainerFn
 from trainkit.state import ByKey, resume_state
 
@@ -37,8 +35,12 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         "epoch": progress.epoch - between_epochs if trainer.fitting else trainer.current_epoch,
         "global_step": progress.step,
         "trainkit_version": __version__,
+        "pytorch-lightning_version": lightning.VERSION,
         "state_dict": module.state_dict(),
         "progress": progress.state_dict(),
+        "loops": lightning.loops_of(
+            progress.state_dict(), trainer.num_training_batches, len(trainer.optimizers), trainer.fitting
+        ),
     }
     if not weights_only and "train" in trainer.sources.loaders:
         checkpoint["callbacks"] = ByKey(trainer.callbacks).state_dict()
@@ -82,6 +84,9 @@ def restore_weights(trainer: Trainer, checkpoint: dict[str, Any], path: Path) ->
 def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
     """Load everything else that a resumed run needs, when optimizers and loaders are there."""
     parts = resume_state(trainer)
+    if lightning.is_foreign(checkpoint) and "optimizer_states" in checkpoint:
+        checkpoint = lightning.parts_of(checkpoint, path)
+        parts = {key: part for key, part in parts.items() if key in checkpoint}
     missing = [key for key in parts if key not in checkpoint]
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}: a run can't be resumed from it.")
@@ -146,58 +151,6 @@ def _listed(what: str, keys: list[str], most: int = 10) -> list[str]:
         return []
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return [f"  {what}: {', '.join(keys[:most])}{more}"]
-
-
-def rebuild(
-    cls: type,
-    path: str | PathLike[str],
-    map_location: Any,
-    hparams_file: str | PathLike[str] | None,
-    strict: bool | None,
-    overrides: dict[str, Any],
-) -> Any:
-    """Make a Module again from a checkpoint. See `Module.load_from_checkpoint`."""
-    checkpoint = store.load(Path(path))
-    saved = dict(checkpoint.get("hyper_parameters") or {})
-    if hparams_file is not None:
-        saved = _hparams_of(Path(hparams_file))
-    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]
-    name = checkpoint.get("hparams_name", "kwargs")
-    if name != "kwargs" and name in parameters:  # one argument held them all
-        saved = {name: AttributeDict(saved)}
-    arguments = {**saved, **overrides}
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        arguments = {name: value for name, value in arguments.items() if name in parameters or name in overrides}
-    missing = [
-        name
-        for name, parameter in list(parameters.items())[1:]
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        and name not in arguments
-    ]
-    if missing:
-        raise TypeError(
-            f"{cls.__name__} needs {', '.join(map(repr, missing))}, which {path} does not have. Give them to "
-            "load_from_checkpoint, or call self.save_hyperparameters() in __init__ before training."
-        )
-    module = cls(**arguments)
-    if is_overridden(module, "configure_model"):
-        module.configure_model()
-    module.on_load_checkpoint(checkpoint)
-    load_weights(module, checkpoint, path, module.strict_loading if strict is None else strict)
-    if map_location is not None and not callable(map_location) and not isinstance(map_location, Mapping):
-        module.to(torch.device(map_location))
-    return module
-
-
-def _hparams_of(path: Path) -> dict[str, Any]:
-    import yaml
-
-    with path.open() as file:
-        loaded = yaml.safe_load(file)
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must be a YAML mapping of hyperparameters. Received: {type(loaded).__name__}.")
-    return loaded
 
 
 def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str) -> Path | None:
@@ -274,11 +227,11 @@ def find_last(trainer: Trainer) -> Path | None:
     if rescued:
         ours = [store.newest(folder) for folder in folders if any(folder.glob("*.ckpt"))]
         return max([*rescued, *(path for path in ours if path)], key=store.step_of)
-    if not folders and trainer.logger is not None and trainer.logger.root_dir:
-        root = Path(trainer.logger.root_dir)
+    if not folders and trainer.logger is not None:
+        root = Path(runs_directory(trainer.logger, trainer.default_root_dir))
         runs = [run for run in root.iterdir() if run.is_dir()] if root.is_dir() else []
-        folders = [run / "checkpoints" for run in sorted(runs, key=_run_number, reverse=True)]
-    if not folders:
+        folders = [run / "checkpoints" for run in (*sorted(runs, key=_run_number, reverse=True), root)]
+    elif not folders:
         folders = [Path(trainer.default_root_dir) / "checkpoints"]
     for folder in folders:
         if not any(folder.glob("*.ckpt")):

@@ -21,7 +21,9 @@ class Noted:
     def __iter__(self) -> Iterator[Any]:
         self.drawn.clear()
         for drawn in self.inner:
-            self.drawn.append(list(drawn) if isinstance(drawn, (list, tuple)) else [drawn])
+            self.drawn.append(
+                list(drawn[:]) if isinstance(drawn, (list, tuple)) else [drawn]
+            )  # SeededIndices: not iterated
             yield drawn
 
     def __len__(self) -> int:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from trainkit.data.loader import Loader
+from trainkit.data.combined import Combination, CombinedLoader, Mode, flattened, refilled
+from trainkit.data.distributed import dealt, needs_dealing
+from trainkit.data.loader import Batches, Loader
+from trainkit.data.samplers import in_sequence, is_shuffled
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
+from trainkit.profiler.actions import recorded
+from trainkit.random import derived_seed
 
 if TYPE_CHECKING:
+    from trainkit.datamodule import DataModule
+    from trainkit.module import Module
     from trainkit.trainer import Trainer
 
 STEP = {"val": "validation_step", "test": "test_step", "predict": "predict_step"}
@@ -24,20 +33,24 @@ class Sources:
     Args:
         trainer: whose settings limit it.
         given: the loaders that the call brought, by kind: "train", "val", "test", "predict".
+        seed: what the loaders' own seeds are derived from, by kind and place: whichever is asked for first.
     """
 
-    def __init__(self, trainer: Trainer, given: Mapping[str, Any]) -> None:
+    def __init__(self, trainer: Trainer, given: Mapping[str, Any], seed: int = 0) -> None:
         self.trainer = trainer
         self.given = given
-        self.loaders: dict[str, list[Loader]] = {}
+        self.seed = seed
+        self.loaders: dict[str, list[Batches]] = {}
+        """What a loop goes through, one after the other, by kind."""
         self.objects: dict[str, Any] = {}
-        """The loaders as the user made them, by kind."""
+        """The loaders in the structure that the user gave them, by kind."""
         self.val_every: int | None = None
         """Validate every n batches; None: at the end of an epoch."""
+        self._asked: dict[str, int] = {}  # the epoch in which loaders of a kind were asked for
 
     @property
-    def train(self) -> Loader:
-        """The training loader."""
+    def train(self) -> Batches:
+        """The training loader, or several as one."""
         return self.loaders["train"][0]
 
     def defined(self, kind: str) -> bool:
@@ -52,37 +65,44 @@ class Sources:
 
     def has_loader(self, kind: str) -> bool:
         """Whether a loader was given, or there is a method that makes one."""
-        owners = [owner for owner in (self.trainer.datamodule, self.trainer.model) if owner is not None]
-        return self.given.get(kind) is not None or any(is_overridden(owner, f"{kind}_dataloader") for owner in owners)
+        return self.given.get(kind) is not None or is_overridden(self._owner, f"{kind}_dataloader")
+
+    @property
+    def _owner(self) -> Module | DataModule | None:
+        """Whose methods bring what the call did not: the data module's, and only without one the module's."""
+        trainer = self.trainer
+        return trainer.datamodule if trainer.datamodule is not None else trainer.model
 
     def num_batches(self, kind: str) -> list[int | float]:
         """Return the number of batches of each loader of a kind."""
-        return [loader.num_batches for loader in self.loaders.get(kind, [])]
+        return [part.num_batches for loader in self.loaders.get(kind, []) for part in loader.parts]
 
+    # ------------------------------------------------------------------ training
     def load_train(self) -> None:
         """Ask for the training loader, wrap it, and work out when to validate."""
         trainer = self.trainer
-        source = self._object("train")
-        if source is None:
+        if not self.has_loader("train"):
             raise MisconfigurationException(
                 "fit needs training data: fit(model, train_dataloaders=...), a DataModule with train_dataloader, or "
                 f"{type(trainer.module).__name__}.train_dataloader."
             )
-        if isinstance(source, (list, tuple, Mapping)):
-            raise TypeError(
-                f"train_dataloader must be one DataLoader or another iterable of batches. Received: a "
-                f"{type(source).__name__} of {len(source)}. Join the data sets (torch.utils.data.ConcatDataset, "
-                "StackDataset), or wrap batches that lie in memory in a class with __iter__ and __len__."
+        self._asked["train"] = trainer.current_epoch
+        if self._limit("train")[0] == 0:  # nobody is asked for what nobody reads
+            self.loaders["train"] = [Batches("train_dataloader")]
+            return
+        loaders = self._wrapped("train", self._object("train"), "max_size_cycle")
+        if len(loaders) != 1:
+            raise MisconfigurationException(
+                "train_dataloader is a CombinedLoader with mode='sequential', which only evaluations can go through. "
+                "Use 'max_size_cycle', 'max_size' or 'min_size'; or join the data sets "
+                "(torch.utils.data.ConcatDataset)."
             )
-        limit = trainer.overfit_batches or trainer.limit_train_batches
-        argument = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
-        loader = Loader(
-            source, limit=limit, name="train_dataloader", argument=argument, sequential=bool(trainer.overfit_batches)
-        )
-        self.loaders["train"] = [loader]
-        self.val_every = self._validation_interval(loader.num_batches)
-        updates = loader.num_batches / trainer.accumulate_grad_batches
-        if trainer.loggers and trainer.log_every_n_steps > updates > 0:
+        self.loaders["train"] = self._watched("train", loaders)
+        self.train.must_yield = trainer.max_epochs == -1
+        batches = self.train.num_batches
+        self.val_every = self._validation_interval(batches)
+        updates = batches / trainer.accumulate_grad_batches
+        if trainer.loggers and not trainer.fast_dev_run and trainer.log_every_n_steps > updates > 0:
             warn(
                 f"log_every_n_steps={trainer.log_every_n_steps} is more than the {math.ceil(updates)} updates of an "
                 "epoch; a smaller one logs training metrics in every epoch."
@@ -94,7 +114,8 @@ class Sources:
         if isinstance(interval, timedelta) or (isinstance(interval, float) and interval == 1.0):
             return None
         if isinstance(interval, int):
-            if self.trainer.check_val_every_n_epoch is not None and interval > batches > 0:
+            never = self.trainer.check_val_every_n_epoch is not None and interval > batches > 0
+            if never and self._limit("val")[0] > 0:
                 raise MisconfigurationException(
                     f"val_check_interval={interval} is more than the {batches} training batches of an epoch, so "
                     "validation would never run. Make it smaller, or set check_val_every_n_epoch=None to count "
@@ -107,59 +128,194 @@ class Sources:
             )
         return max(1, int(batches * interval))
 
+    # ------------------------------------------------------------------ evaluations
     def load_evaluation(self, kind: str) -> None:
         """Ask for the loaders of "val", "test" or "predict" and wrap them; in fit they may be missing."""
-        trainer = self.trainer
-        overfit = kind == "val" and trainer.overfit_batches
-        limit = trainer.overfit_batches if overfit else getattr(trainer, f"limit_{kind}_batches")
+        trainer, limit = self.trainer, self._limit(kind)[0]
+        self._asked[kind] = trainer.current_epoch
+        self.loaders[kind] = []
         optional = trainer.stage == "fit"
         if optional and (limit == 0 or not is_overridden(trainer.module, STEP[kind])):
             if limit != 0 and self.given.get(kind) is not None:
                 warn(f"there are validation loaders but no {STEP[kind]}: validation is left out.")
             self.loaders[kind] = []
             return
-        source = self._object(kind)
-        sources = list(source.values()) if isinstance(source, Mapping) else source
-        sources = list(sources) if isinstance(sources, (list, tuple)) else [] if sources is None else [sources]
-        name = f"{kind}_dataloader"
-        if not sources and not optional:
+        source = self._object(kind) if self.has_loader(kind) and limit != 0 else None
+        if not self.has_loader(kind) or (limit != 0 and _is_nothing(source)):
+            if optional:
+                return
             raise MisconfigurationException(
-                f"{trainer.stage} needs data: {trainer.stage}(model, dataloaders=...), or a {name} of the DataModule "
-                "or the module."
+                f"{trainer.stage} needs data: {trainer.stage}(model, dataloaders=...), or a {kind}_dataloader of the "
+                "DataModule or the module."
             )
-        argument = "overfit_batches" if overfit else f"limit_{kind}_batches"
-        names = [name] if len(sources) == 1 else [f"{name} {index}" for index in range(len(sources))]
-        self.loaders[kind] = [
-            Loader(each, limit=limit, name=each_name, argument=argument, sequential=bool(overfit))
-            for each, each_name in zip(sources, names, strict=True)
+        if limit == 0:  # nobody is asked for what nobody reads
+            return
+        loaders = self._wrapped(kind, source, "sequential")
+        if kind == "predict" and isinstance(loaders[0], Combination):
+            raise MisconfigurationException(
+                f"predict_dataloader is a CombinedLoader with mode={loaders[0].mode!r}; predict goes through loaders "
+                "one after the other. Use mode='sequential'."
+            )
+        check_dataloader_idx(trainer.module, kind, several=len(loaders) > 1)
+        self.loaders[kind] = self._watched(kind, loaders)
+
+    def validation(self) -> list[Batches]:
+        """Return the validation loaders, asked for again if that is due."""
+        if self._due("val"):
+            self._close("val")
+            self.load_evaluation("val")
+        return self.loaders["val"]
+
+    # ------------------------------------------------------------------ whose, and how many of them
+    def _object(self, kind: str) -> Any:
+        """Return the loaders of one kind, from whoever brings them."""
+        source = self.given.get(kind)
+        if source is not None:
+            return source
+        owner = "LightningModule" if self._owner is self.trainer.module else "LightningDataModule"
+        return recorded(self.trainer, owner, self._owner, f"{kind}_dataloader")()
+
+    def _limit(self, kind: str) -> tuple[float, str]:
+        """Return how many batches of a kind are wanted, and the argument of the Trainer that says so."""
+        trainer = self.trainer
+        if kind in ("train", "val") and trainer.overfit_batches:
+            return trainer.overfit_batches, "overfit_batches"
+        limit: float = getattr(trainer, f"limit_{kind}_batches")
+        return limit, f"limit_{kind}_batches"
+
+    def _wrapped(self, kind: str, source: Any, mode: Mode) -> list[Batches]:
+        """Wrap and limit what the user gave; `mode` is for loaders that come without one."""
+        trainer, name = self.trainer, f"{kind}_dataloader"
+        if isinstance(source, CombinedLoader):
+            source, mode = source.iterables, source.mode
+        leaves = flattened(source)
+        prepared = self._prepared(kind, leaves)
+        if any(new is not leaf for new, leaf in zip(prepared, leaves, strict=True)):
+            source, leaves = refilled(source, prepared), prepared
+        self.objects[kind] = source
+        limit, argument = self._limit(kind)
+        owners = (trainer.module, trainer.datamodule)
+        may_be_empty = any(getattr(o, "allow_zero_length_dataloader_with_multiple_devices", False) for o in owners)
+        names = [name] if len(leaves) == 1 else [f"{name} {index}" for index in range(len(leaves))]
+        loaders = [
+            Loader(
+                leaf,
+                limit=limit,
+                name=leaf_name,
+                argument=argument,
+                may_be_empty=may_be_empty,
+                seed=derived_seed(self.seed, kind, index),
+            )
+            for index, (leaf, leaf_name) in enumerate(zip(leaves, names, strict=True))
+        ]
+        if mode == "sequential" or leaves[0] is source:
+            return list(loaders)
+        return [Combination(loaders, source, mode, name)]
+
+    def _prepared(self, kind: str, leaves: list[Any]) -> list[Any]:
+        """Return the loaders with the samplers that the Trainer's settings put into them."""
+        trainer, name = self.trainer, f"{kind}_dataloader"
+        if trainer.overfit_batches and trainer.stage == "fit":
+            ordered = [in_sequence(leaf) for leaf in leaves]
+            if any(new is not leaf for new, leaf in zip(ordered, leaves, strict=True)):
+                warn(
+                    f"overfit_batches={trainer.overfit_batches} takes the same batches in each epoch, so the shuffling "
+                    f"of {name} is turned off."
+                )
+            leaves = ordered
+        if kind != "train" and any(is_shuffled(leaf) for leaf in leaves):
+            warn(
+                f"{name} shuffles its samples, so what a batch is made of differs from epoch to epoch. Evaluations are "
+                "usually in order: shuffle=False."
+            )
+        which = trainer.distributed_sampler_kwargs
+        if which is None or not trainer.use_distributed_sampler or not any(map(needs_dealing, leaves)):
+            return leaves
+        if kind in ("val", "test"):
+            warn(
+                f"{trainer.stage} deals the samples of {name} out to {trainer.world_size} processes, and to give each "
+                "as many some samples twice. Evaluate on one device for exact metrics."
+            )
+        seed = trainer.seed or 0
+        return [
+            dealt(leaf, seed, repeat=kind != "predict", **which) if needs_dealing(leaf) else leaf for leaf in leaves
         ]
 
-    def _object(self, kind: str) -> Any:
-        """Return the loaders of one kind, from whoever brings them: the call, the data module, or the module."""
-        source = self.given.get(kind)
-        if source is None:
-            for owner in (self.trainer.datamodule, self.trainer.module):
-                if owner is not None and is_overridden(owner, f"{kind}_dataloader"):
-                    source = getattr(owner, f"{kind}_dataloader")()
-                    break
-        self.objects[kind] = source
-        return source
+    def _watched(self, kind: str, loaders: list[Batches]) -> list[Batches]:
+        """Let a profiler see how long batches are waited for."""
+        if self.trainer.actions is not None:
+            for loader in loaders:
+                loader.fetching = partial(self.trainer.actions.fetching, kind)
+        return loaders
 
-    def reload_if_due(self, epoch: int) -> None:
-        """Ask for new loaders at the start of every n-th epoch (`reload_dataloaders_every_n_epochs`)."""
-        every = self.trainer.reload_dataloaders_every_n_epochs
-        if every and epoch and epoch % every == 0:
-            self.close()
-            seed = self.train.state_dict()
+    # ------------------------------------------------------------------ loaders that are asked for again
+    def reload_if_due(self) -> None:
+        """Ask for new training loaders when n epochs have passed (`reload_dataloaders_every_n_epochs`)."""
+        if self._due("train"):
+            self._close("train")
+            before = self.train.parts
             self.load_train()
-            self.train.load_state_dict(seed)  # the order of an epoch stays a function of the run's seed
-            self.load_evaluation("val")
+            for new, old in zip(self.train.parts, before, strict=False):
+                new.continue_order(old)  # the order of an epoch stays a function of the run's seed
+
+    def _due(self, kind: str) -> bool:
+        every = self.trainer.reload_dataloaders_every_n_epochs
+        return every > 0 and self.trainer.current_epoch - self._asked[kind] >= every
+
+    # ------------------------------------------------------------------ resume
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the training data are, what every order is drawn from, and when loaders were asked for."""
+        seeds = [part.seed for loader in self.loaders.get("val", []) for part in loader.parts]
+        return {"seed": self.seed, "train": self.train.state_dict(), "val": seeds, "asked": dict(self._asked)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.train.load_state_dict(state.get("train", state))
+        self.seed = state.get("seed", self.seed) if "train" in state else self.seed
+        parts = [part for loader in self.loaders.get("val", []) for part in loader.parts]
+        for part, seed in zip(parts, state.get("val", []), strict=False):
+            part.reseed(seed)
+        self._asked = dict(state.get("asked", dict.fromkeys(self._asked, self.trainer.current_epoch)))
 
     def close(self) -> None:
         """Stop the workers that loaders kept."""
-        for loaders in self.loaders.values():
-            for loader in loaders:
-                loader.close()
+        for kind in self.loaders:
+            self._close(kind)
+
+    def _close(self, kind: str) -> None:
+        for loader in self.loaders[kind]:
+            loader.close()
+
+
+def _is_nothing(source: Any) -> bool:
+    return source is None or (type(source) in (list, tuple, dict) and not source)
+
+
+def check_dataloader_idx(module: Module, kind: str, several: bool) -> None:
+    """Refuse methods that can't be told which of several loaders a batch is from, or that wait for it in vain.
+
+    Raises:
+        RuntimeError: it names the method.
+    """
+    step = STEP[kind]
+    stage = step.removesuffix("_step")
+    for name in (step, f"on_{stage}_batch_start", f"on_{stage}_batch_end"):
+        if not is_overridden(module, name):
+            continue
+        parameters = inspect.signature(getattr(module, name)).parameters
+        index = parameters.get("dataloader_idx")
+        takes_all = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values())
+        where = f"{type(module).__name__}.{name}"
+        if several and index is None and not takes_all:
+            raise RuntimeError(
+                f"there are several {kind}_dataloaders, so {where} needs an argument dataloader_idx. It takes "
+                f"({', '.join(parameters)}). Add dataloader_idx=0."
+            )
+        if not several and index is not None and index.default is index.empty:
+            raise RuntimeError(
+                f"{where} wants a dataloader_idx, but there is one {kind}_dataloader and none is passed. Give it a "
+                "default: dataloader_idx=0."
+            )
 
 
 class Clock:

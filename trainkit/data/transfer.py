@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
 from trainkit.tree import tensors
 
@@ -23,11 +23,14 @@ TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_af
 def transfer_of(strategy: Strategy, module: Module, datamodule: DataModule | None) -> Transfer | None:
     """Return what brings a batch to the device, None when there is nothing to do: batches are made on the host.
 
-    A DataModule's hooks win over the module's.
+    A DataModule's hooks win over the module's, with a warning where both have one.
     """
 
     def owner(name: str) -> Any:
-        return next((o for o in (datamodule, module) if o is not None and is_overridden(o, name)), None)
+        owners = [o for o in (datamodule, module) if o is not None and is_overridden(o, name)]
+        if len(owners) > 1:
+            warn(f"{' and '.join(type(o).__name__ for o in owners)} both have {name}: the DataModule's is called.")
+        return owners[0] if owners else None
 
     before, move, after = map(owner, TRANSFER_HOOKS)
     if strategy.device.type == "cpu" and not (before or move or after):

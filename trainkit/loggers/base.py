@@ -375,6 +375,20 @@ class FileLogger(Logger):
         return metrics, step
 
 
+def runs_directory(logger: Logger, default: str) -> str:
+    """Return the directory under which the runs of a logger's experiment lie, in `default` if it names none."""
+    if isinstance(logger, FileLogger):
+        return logger.root_dir
+    return os.path.join(logger.save_dir or default, str(logger.name or ""))
+
+
+def run_directory(logger: Logger, default: str) -> str:
+    """Return the directory of a logger's run, for files that are not the logger's: `version_N` or its string."""
+    version = logger.version
+    name = f"version_{version}" if isinstance(version, int) else str(version or "")
+    return os.path.normpath(os.path.join(runs_directory(logger, default), name))
+
+
 def number(name: str, value: Any) -> float:
     """Return a metric's value as a Python number, whether it is one or a tensor of one element."""
     if type(value) is int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainkit.tree import map_tensors
+from trainkit.moving import move_data_to_device
 
 
 class Strategy:
@@ -39,17 +39,17 @@ class Strategy:
 
     def to_device(self, batch: Any) -> Any:
         """Return the batch on the device; copies from pinned memory overlap with what the device does."""
-        device = self.device
-
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
-
-        return map_tensors(move, batch)
+        return move_data_to_device(batch, self.device)
 
     @property
     def root_device(self) -> torch.device:
         """Where this process's module and batches live, as Lightning calls it."""
         return self.device
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int] | None:
+        """What a sampler needs to know to give each process its part; None when every process has data of its own."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank} if self.world_size > 1 else None
 
     @property
     def is_global_zero(self) -> bool:

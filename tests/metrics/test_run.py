@@ -161,6 +161,17 @@ def test_logger_false_keeps_a_value_from_the_loggers_only(flags: dict[str, bool]
     assert trainer.progress_bar_metrics == {}
 
 
+def test_a_row_written_past_log_is_among_the_logged_metrics() -> None:
+    class Writes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.log_metrics({"rate": 2.5, "size": torch.tensor(3)}, step=7)
+
+    trainer, records = fitted(Logs(), callbacks=Writes(), limit_train_batches=1)
+    assert records.rows == [(7, {"rate": 2.5, "size": 3.0})]
+    assert trainer.logged_metrics == {"rate": 2.5, "size": 3}
+    assert trainer.callback_metrics == {}
+
+
 def test_log_dict_logs_each_value_with_the_same_options() -> None:
     options = {"on_step": False, "on_epoch": True, "prog_bar": True}
     module = Logs(lambda self, batch: self.log_dict({"a": batch.mean(), "b": batch.max()}, **options))

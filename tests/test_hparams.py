@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from trainkit import DataModule, Module, Trainer
-from trainkit.errors import MisconfigurationException
 from trainkit.hparams import AttributeDict, HyperParameters, merged_hparams, plain_hparams
 
 
@@ -286,7 +285,7 @@ def test_those_of_module_and_data_module_are_merged() -> None:
 
 
 def test_different_values_of_one_name_are_refused() -> None:
-    with pytest.raises(MisconfigurationException, match=r"different values of the hyperparameter 'lr': 0\.1 and 0\.2"):
+    with pytest.raises(RuntimeError, match=r"different values of the hyperparameter 'lr': 0\.1 and 0\.2"):
         merged_hparams([Plain(3), Data(lr=0.2)])
 
 
@@ -349,7 +348,7 @@ def test_attribute_dicts_are_dicts() -> None:
     hparams = AttributeDict(a=1, b={"c": 2})
     assert pickle.loads(pickle.dumps(hparams)) == copy.deepcopy(hparams) == {"a": 1, "b": {"c": 2}}
     assert isinstance(hparams, dict)
-    assert repr(hparams) == "'a': 1\n'b': {'c': 2}"
+    assert repr(hparams) == '"a": 1\n"b": {\'c\': 2}'
     assert issubclass(Module, HyperParameters)
 
 
@@ -389,3 +388,37 @@ def test_a_module_that_takes_anything_is_made_again_with_all_of_it(tmp_path: Pat
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
     assert Anything.load_from_checkpoint(tmp_path / "kept.ckpt").hparams == {"width": 3, "extra": 1}
     assert Anything.load_from_checkpoint(tmp_path / "kept.ckpt", extra=2).hparams == {"width": 3, "extra": 2}
+
+
+def test_a_namespace_among_the_arguments_comes_back_as_one(tmp_path: Path) -> None:
+    class Takes(Module):
+        def __init__(self, args: argparse.Namespace, settings: AttributeDict | None = None) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = torch.nn.Linear(1, args.width)
+
+        def predict_step(self, batch: Any, batch_idx: int) -> Any:
+            return batch
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.predict(Takes(argparse.Namespace(width=3), AttributeDict(depth=2)), [[torch.ones(1)]])
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    assert torch.load(tmp_path / "kept.ckpt", weights_only=True)["hyper_parameters"]["args"] == {"width": 3}
+    hparams = Takes.load_from_checkpoint(tmp_path / "kept.ckpt").hparams
+    assert hparams == {"args": argparse.Namespace(width=3), "settings": {"depth": 2}}
+
+
+def test_an_attribute_dict_prints_in_order_and_forgets_attributes() -> None:
+    values = AttributeDict(width=3, act="relu")
+    assert str(values) == '"act":   relu\n"width": 3'
+    del values.act
+    assert values == {"width": 3}
+
+
+def test_arguments_are_kept_in_their_order_and_those_of_kwargs_last() -> None:
+    class Takes(Module):
+        def __init__(self, a: int, *, b: int = 2, **kwargs: Any) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    assert list(Takes(1, c=3, b=4).hparams) == ["a", "b", "c"]

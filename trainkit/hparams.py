@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainkit.errors import MisconfigurationException, warn
+from trainkit.errors import warn
 
 _given: ContextVar[tuple[type, dict[str, Any]] | None] = ContextVar("_given", default=None)
 
@@ -63,8 +63,12 @@ class AttributeDict(dict[str, Any]):
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
 
+    def __delattr__(self, name: str) -> None:
+        del self[name]
+
     def __repr__(self) -> str:
-        return "\n".join(f"{key!r}: {value!r}" for key, value in self.items())
+        width = max((len(str(key)) for key in self), default=0) + 3
+        return "\n".join(f'"{key}":'.ljust(width) + f" {value}" for key, value in sorted(self.items()))
 
 
 class HyperParameters:
@@ -190,10 +194,10 @@ def _init_arguments(owner: object, frame: FrameType | None) -> dict[str, Any]:
     while frame is not None and _is_init_of(owner, frame):  # a base class's first, then those that called it
         code, values = frame.f_code, frame.f_locals
         names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        collected.update({name: values[name] for name in names if name in values})
         if code.co_flags & inspect.CO_VARKEYWORDS:
             index = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
             collected.update(values.get(code.co_varnames[index], {}))
-        collected.update({name: values[name] for name in names if name in values})
         frame = frame.f_back
     return collected
 
@@ -208,6 +212,8 @@ def plain_hparams(hparams: Mapping[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for name, given in hparams.items():
         value = os.fspath(given) if isinstance(given, os.PathLike) else given
+        if isinstance(value, (Namespace, AttributeDict)):
+            value = dict(vars(value) if isinstance(value, Namespace) else value)
         if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
             value = value.item()
         if _is_plain(value):
@@ -218,6 +224,11 @@ def plain_hparams(hparams: Mapping[str, Any]) -> dict[str, Any]:
                 f"load_from_checkpoint(path, {name}=...)."
             )
     return kept
+
+
+def namespaces_of(hparams: Mapping[str, Any]) -> list[str]:
+    """Return which hyperparameters are a Namespace, that a checkpoint holds as a dict."""
+    return [name for name, value in hparams.items() if isinstance(value, Namespace)]
 
 
 def _is_plain(value: Any) -> bool:
@@ -232,7 +243,7 @@ def merged_hparams(owners: Iterable[HyperParameters]) -> dict[str, Any]:
     """Return the hyperparameters of several objects in one dict, for loggers.
 
     Raises:
-        MisconfigurationException: two of them have one name and different values.
+        RuntimeError: two of them have one name and different values.
     """
     merged: dict[str, Any] = {}
     for owner in owners:
@@ -241,7 +252,7 @@ def merged_hparams(owners: Iterable[HyperParameters]) -> dict[str, Any]:
         values = owner.hparams_initial
         clash = next((name for name in values if name in merged and _differ(merged[name], values[name])), None)
         if clash is not None:
-            raise MisconfigurationException(
+            raise RuntimeError(
                 f"the module and the data module have different values of the hyperparameter {clash!r}: "
                 f"{merged[clash]!r} and {values[clash]!r}. Leave it out of one of them: "
                 f"save_hyperparameters(ignore=[{clash!r}])."

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import enum
 import math
 import os
 import pickle
 import re
+import sys
+import types
 import zipfile
+from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from pathlib import Path
 from typing import Any
@@ -263,7 +267,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> 
 
 def test_the_environment_can_not_switch_the_refusal_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    torch.save({"x": Path("x")}, tmp_path / "x.ckpt")
+    torch.save({"x": datetime.date(2026, 1, 1)}, tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError, match="was refused"):
         format.read(tmp_path / "x.ckpt")
 
@@ -281,3 +285,22 @@ def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     assert torch.equal(format.read(tmp_path / "x.ckpt")["w"], torch.ones(2))
+
+
+def test_what_lightning_keeps_beside_plain_values_can_be_read(tmp_path: Path) -> None:
+    hparams = {"args": Namespace(lr=0.5, sizes=[1, 2]), "folder": Path("data"), "every": datetime.timedelta(minutes=3)}
+    torch.save({"hyper_parameters": hparams}, tmp_path / "theirs.ckpt")
+    before = torch.serialization.get_safe_globals()
+    assert format.read(tmp_path / "theirs.ckpt") == {"hyper_parameters": hparams}
+    assert set(torch.serialization.get_safe_globals()) == set(before)
+
+
+def test_an_attribute_dict_of_lightnings_becomes_a_dict_without_lightning(tmp_path: Path) -> None:
+    module = types.ModuleType("lightning.fabric.utilities.data")
+    module.AttributeDict = type("AttributeDict", (dict,), {"__module__": module.__name__})  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("lightning", "lightning.fabric", "lightning.fabric.utilities", module.__name__):
+            patch.setitem(sys.modules, name, module)
+        torch.save({"hyper_parameters": module.AttributeDict(lr=0.5)}, tmp_path / "theirs.ckpt")
+    found = format.read(tmp_path / "theirs.ckpt")["hyper_parameters"]
+    assert (type(found), found) == (dict, {"lr": 0.5})

@@ -487,3 +487,9 @@ def test_a_checkpoint_that_names_a_class_nobody_imported_is_refused() -> None:
     with pytest.raises(ValueError, match="has not imported"):
         pl.LightningModule.load_from_checkpoint("it.ckpt")
     assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["SimpleProfiler", "AdvancedProfiler", "PyTorchProfiler"])
+def test_a_profiler_is_named_by_the_options(name: str) -> None:
+    assert type(made(f"--trainer.profiler={name}").trainer.profiler).__name__ == name
+    assert type(made("--trainer.profiler=simple").trainer.profiler).__name__ == "SimpleProfiler"

@@ -12,7 +12,11 @@ import pickle
 import sys
 import zipfile
 import zlib
+from argparse import Namespace
 from collections import Counter, OrderedDict
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -26,6 +30,13 @@ MAX_DEPTH = 100
 _PLAIN = (type(None), bool, int, float, complex, str, torch.Size, torch.dtype, torch.device)
 _LAYOUTS = (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _CHUNK = 1 << 20
+_PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+_ATTRIBUTE_DICTS = (
+    "lightning.pytorch.utilities.parsing",
+    "lightning.fabric.utilities.data",
+    "pytorch_lightning.utilities.parsing",
+    "lightning_fabric.utilities.data",
+)
 
 
 def write(file: BinaryIO, state: dict[str, Any]) -> None:
@@ -63,7 +74,8 @@ def read(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
     if not mmap:
         _check_records(name)
     try:
-        state = torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
+        with harmless_classes():
+            state = torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(name)) from error
     except Exception as error:  # torch raises what the damaged bytes happen to lead to: KeyError, EOFError, ...
@@ -74,6 +86,17 @@ def read(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, Any]:
             f"{name} holds a {type(state).__name__}, not the dict of a checkpoint (state_dict, global_step, ...)."
         )
     return state
+
+
+def harmless_classes() -> AbstractContextManager[None]:
+    """Let torch.load build, inside this context, what Lightning's checkpoints may hold beside plain values.
+
+    All of them only hold values: argparse's Namespace, pathlib's paths, timedelta, and Lightning's AttributeDict, in
+    whose place a plain dict is built.
+    """
+    paths = [(Path, f"{module}.{kind}") for module in ("pathlib", "pathlib._local") for kind in _PATHS]
+    dicts = [(dict, f"{module}.AttributeDict") for module in _ATTRIBUTE_DICTS]
+    return torch.serialization.safe_globals([Namespace, timedelta, *paths, *dicts])
 
 
 def check_plain(state: Any, path: str = "") -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import sys
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from trainkit.checkpoint import store
+from trainkit.checkpoint.format import harmless_classes
 from trainkit.checkpoint.hparams_files import load_hparams
 from trainkit.checkpoint.restore import load_weights
 from trainkit.errors import CheckpointError, warn
@@ -47,6 +49,7 @@ def rebuild_module(
 ) -> Any:
     """Make a module again. See `Module.load_from_checkpoint`."""
     checkpoint = read(source)
+    checkpoint.setdefault("hyper_parameters", {})
     saved = _saved_hparams(checkpoint, "", hparams_file)
     module = _construct(cls, saved, checkpoint.get("hparams_name"), overrides, source)
     strict = _strictness(module, strict)
@@ -84,7 +87,8 @@ def read(source: Source) -> dict[str, Any]:
     if isinstance(source, (str, PathLike)):
         return store.load(Path(source))
     try:
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+        with harmless_classes():
+            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{source} was refused, it holds more than tensors and plain values: {error}") from error
     if not isinstance(checkpoint, dict):
@@ -98,7 +102,12 @@ def _saved_hparams(
 ) -> dict[str, Any]:
     if hparams_file is not None:
         return load_hparams(hparams_file)
-    return dict(checkpoint.get(f"{prefix}hyper_parameters") or {})
+    saved = checkpoint.get(f"{prefix}hyper_parameters") or {}
+    saved = dict(vars(saved) if isinstance(saved, Namespace) else saved)
+    for name in checkpoint.get("hparams_namespaces", ()) if not prefix else ():
+        if isinstance(saved.get(name), dict):
+            saved[name] = Namespace(**saved[name])
+    return saved
 
 
 # ---------------------------------------------------------------------- making the object

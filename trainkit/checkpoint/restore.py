@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from trainkit.checkpoint import lightning, store
 from trainkit.errors import CheckpointError, NoCheckpointError, warn
-from trainkit.hparams import plain_hparams
+from trainkit.hparams import namespaces_of, plain_hparams
 from trainkit.loggers.base import runs_directory
 from trainkit.stages import TrainerFn
 from trainkit.state import ByKey, resume_state
@@ -49,6 +49,8 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     if module.hparams:
         checkpoint["hparams_name"] = module.hparams_name
         checkpoint["hyper_parameters"] = plain_hparams(module.hparams)
+        if namespaces := namespaces_of(module.hparams):
+            checkpoint["hparams_namespaces"] = namespaces
     if datamodule is not None:
         if state := datamodule.state_dict():
             checkpoint[type(datamodule).__qualname__] = state

@@ -17,6 +17,11 @@ import yaml
 from torch.optim import Optimizer
 
 import trainkit
+import trainkit.callbacks
+import trainkit.loggers
+import trainkit.profiler.advanced
+import trainkit.profiler.pytorch
+import trainkit.profiler.simple  # a config may name these classes by their short names
 from trainkit import Callback, DataModule, Module, Trainer, seed_everything
 from trainkit.checkpoint import store
 from trainkit.checkpoint.rebuild import imported_subclass

@@ -11,10 +11,11 @@ from enum import Enum, StrEnum
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 
-from trainkit.errors import MisconfigurationException, warn
+from trainkit.errors import warn
+from trainkit.metrics.batch_size import BatchSize
 from trainkit.random import seed_everything
-from trainkit.tree import tensors
 
 
 class LightningEnum(StrEnum):
@@ -60,6 +61,13 @@ class GradClipAlgorithmType(LightningEnum):
         return [member.value for member in GradClipAlgorithmType]
 
 
+class Interval(LightningEnum):
+    """How often `Timer(interval=...)` looks at the clock."""
+
+    step = "step"
+    epoch = "epoch"
+
+
 class PossibleUserWarning(UserWarning):
     """Warn of something that may well be meant."""
 
@@ -89,28 +97,31 @@ def clean_namespace(hparams: MutableMapping[str, Any]) -> None:
         warn(f"{name!r} can't be pickled and is left out; say so: save_hyperparameters(ignore=[{name!r}]).")
 
 
+def sized_len(dataloader: Any) -> int | None:
+    """Return a loader's length, None if it does not know it."""
+    try:
+        return len(dataloader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def has_len(dataloader: object) -> bool:
     """Whether a loader knows its length."""
-    try:
-        len(dataloader)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return False
-    return True
+    return sized_len(dataloader) is not None
+
+
+def has_iterable_dataset(dataloader: object) -> bool:
+    """Whether a loader's data is a stream."""
+    return isinstance(getattr(dataloader, "dataset", None), IterableDataset)
 
 
 def extract_batch_size(batch: Any) -> int:
-    """Return the length of the first tensor in a batch, 1 for a scalar.
+    """Return the first dimension of the first tensor in a batch.
 
     Raises:
         MisconfigurationException: there is no tensor in it.
     """
-    first = next((tensor for _, tensor in tensors(batch)), None)
-    if first is None:
-        raise MisconfigurationException(
-            f"no tensor in this batch, so its size is unknown. Received: {type(batch).__name__}. "
-            "Tell it: self.log(..., batch_size=n)."
-        )
-    return first.shape[0] if first.ndim else 1
+    return BatchSize().of(batch)
 
 
 def reset_seed() -> None:

@@ -226,3 +226,11 @@ def calls_of(log: Callable[..., Any]) -> list[int]:
 def test_options_are_checked_in_the_first_call_and_later_ones_are_short(options: dict[str, Any], most: int) -> None:
     first, *later = calls_of(lambda module, batch: module.log("x", batch.mean(), **options))
     assert max(later) <= most < first
+
+
+def test_a_compiled_step_logs() -> None:
+    module = Net(lambda self, batch: self.log("x", batch.mean(), on_step=True, on_epoch=True))
+    module.training_step = torch.compile(module.training_step, backend="eager")  # type: ignore[method-assign]
+    trainer = trainer_of()
+    trainer.fit(module, loader())
+    assert trainer.callback_metrics == {"x": 3.5, "x_step": 5.5, "x_epoch": 3.5}

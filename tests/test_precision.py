@@ -150,7 +150,7 @@ def test_a_true_precision_converts_floating_point_inputs_wherever_they_are() -> 
     packed = pack_sequence([torch.randn(3, 2), torch.randn(1, 2)])
     batch = {"x": [torch.randn(2, 3)], "index": torch.tensor([1, 2]), "name": "a", "packed": packed}
     module = Inputs()
-    (seen,) = trainer_of("64-true").predict(module, [[batch]])
+    (seen,) = trainer_of("64-true").predict(module, iter([batch]))
     assert (seen["x"][0].dtype, seen["index"].dtype, seen["name"]) == (torch.float64, torch.int64, "a")
     assert isinstance(seen["packed"], PackedSequence)
     assert seen["packed"].data.dtype is torch.float64

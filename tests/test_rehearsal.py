@@ -196,7 +196,7 @@ def test_loggers_inside_know_their_folder_and_write_nothing(TinyModule: Any, Tin
                 trainer.logger.experiment.add_histogram("anything", 1)
                 trainer.sources.load_train()
                 loop.fit(trainer)
-            written.append(dict(trainer.metrics.logged))
+            written.append(dict(trainer.logged_metrics))
 
     settings = QUIET | {"logger": logger, "log_every_n_steps": 1}
     Trainer(max_epochs=1, callbacks=Look(), **settings).fit(TinyModule(), datamodule=TinyData())

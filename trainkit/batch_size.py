@@ -161,8 +161,9 @@ def _num_samples(trainer: Trainer) -> float:
         if kind == "train":
             trainer.sources.load_train()
         else:
+            setattr(trainer, f"limit_{kind}_batches", 1)  # the rehearsal turned validation off
             trainer.sources.load_evaluation(kind)
-        sizes = [_length(getattr(loader, "dataset", None)) for loader in loaders_in(trainer.sources.objects[kind])]
+        sizes = [_length(getattr(loader, "dataset", None)) for loader in loaders_in(trainer.sources.objects.get(kind))]
     return max(sizes, default=math.inf)
 
 

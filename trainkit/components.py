@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit import arguments
-from trainkit import profiler as profilers
 from trainkit.accelerators import Accelerator, of_device
 from trainkit.callback import Callback
 from trainkit.checkpoint.io import CheckpointIO
@@ -137,8 +136,7 @@ def profiler_of(given: Any) -> Profiler:
     if given is None:
         return PassThroughProfiler()
     if isinstance(given, str) and given.lower() in PROFILERS:
-        made: Profiler = getattr(profilers, PROFILERS[given.lower()])()
-        return made
+        return PROFILERS[given.lower()]()
     if not isinstance(given, Profiler):
         hint = " Did you forget the brackets?" if isinstance(given, type) else ""
         raise MisconfigurationException(

@@ -169,7 +169,7 @@ def without_run(module: torch.nn.Module) -> Iterator[None]:
     """Hide the run of a module: TorchScript reads every attribute, would compile the run, and stumble without one."""
     parts = [vars(part) for part in module.modules() if isinstance(part, HyperParameters)]
     runs: list[dict[str, Any]] = [
-        {name: part.pop(name) for name in ("_trainer", "_metrics") if name in part} for part in parts
+        {name: part.pop(name) for name in ("_trainer", "_run_metrics") if name in part} for part in parts
     ]
     for part in parts:
         part["_trainer"] = SimpleNamespace()

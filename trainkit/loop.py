@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from trainkit.data.sources import check_dataloader_idx
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.metrics import TRAIN_BATCH
 
@@ -139,6 +140,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches]) -> list[dict[
     """
     if not any(loader.num_batches for loader in loaders):
         return []
+    check_dataloader_idx(trainer.module, stage, several=len(loaders) > 1)
     hooks, metrics, transfer = trainer.hooks.evaluation(stage, len(loaders)), trainer.metrics, trainer.transfer
     step_name = f"{stage}_step"
     step = trainer.wrapped_step(step_name, len(loaders))
@@ -177,6 +179,7 @@ def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] |
     """
     if not any(loader.num_batches for loader in loaders):
         return None
+    check_dataloader_idx(trainer.module, "predict", several=len(loaders) > 1)
     hooks, metrics, transfer = trainer.hooks.evaluation("predict", len(loaders)), trainer.metrics, trainer.transfer
     step = trainer.wrapped_step("predict_step", len(loaders))
     predictions: list[list[Any]] = [[] for _ in loaders]

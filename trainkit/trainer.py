@@ -464,6 +464,7 @@ class Trainer(Status):
         if not values or self.sanity_checking or not self.loggers:
             return
         row = numbers(values)
+        self.metrics.note_row(values)
         if step is None:
             x = row.pop("step", None)
             if x is None:

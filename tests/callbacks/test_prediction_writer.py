@@ -81,6 +81,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:predict_dataloader shuffles its samples")
 @pytest.mark.parametrize("name", LOADERS)
 def test_each_batch_comes_with_the_indices_of_its_samples(name: str) -> None:
     writer = Writer("batch_and_epoch")

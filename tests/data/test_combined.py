@@ -284,7 +284,7 @@ def resumes_exactly(make: Any, path: Path, at: int) -> None:
         if resumed:  # another process has other random states
             for seed in (torch.manual_seed, random.seed, np.random.seed):
                 seed(7)
-        val = DataLoader(Noisy(4), 2, shuffle=True)
+        val = DataLoader(Noisy(4), 2)
         trainer = Trainer(**BARE, max_epochs=3, val_check_interval=2, callbacks=Saves(path, at))
         trainer.fit(module, make(), val, ckpt_path=path if resumed else None)
         ends.append((module.state_dict(), trainer.callback_metrics["val"], trainer.global_step))
@@ -339,7 +339,7 @@ def test_the_order_does_not_depend_on_who_was_asked_first() -> None:
         torch.manual_seed(1)
         module = Sums()
         trainer = Trainer(**{**BARE, "max_epochs": 2, **settings})
-        trainer.fit(module, numbers(9, shuffle=True), [numbers(4, shuffle=True)])
+        trainer.fit(module, numbers(9, shuffle=True), [numbers(4)])
         return [entry for entry in module.seen if not isinstance(entry, tuple)]
 
     class AsksFirst(Callback):

@@ -161,6 +161,17 @@ def test_logger_false_keeps_a_value_from_the_loggers_only(flags: dict[str, bool]
     assert trainer.progress_bar_metrics == {}
 
 
+def test_a_row_written_past_log_is_among_the_logged_metrics() -> None:
+    class Writes(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.log_metrics({"rate": 2.5, "size": torch.tensor(3)}, step=7)
+
+    trainer, records = fitted(Logs(), callbacks=Writes(), limit_train_batches=1)
+    assert records.rows == [(7, {"rate": 2.5, "size": 3.0})]
+    assert trainer.logged_metrics == {"rate": 2.5, "size": 3}
+    assert trainer.callback_metrics == {}
+
+
 def test_log_dict_logs_each_value_with_the_same_options() -> None:
     options = {"on_step": False, "on_epoch": True, "prog_bar": True}
     module = Logs(lambda self, batch: self.log_dict({"a": batch.mean(), "b": batch.max()}, **options))
@@ -318,7 +329,7 @@ def test_the_weight_is_the_first_dimension_of_the_first_tensor(kind: str) -> Non
     batches = [nested(batch, kind) for batch in BATCHES]
     means = iter(batch.mean() for batch in BATCHES)
     trainer = trainer_of()
-    results = trainer.validate(Logs(val=lambda self, batch: self.log("x", next(means))), [batches], verbose=False)
+    results = trainer.validate(Logs(val=lambda self, batch: self.log("x", next(means))), iter(batches), verbose=False)
     assert results == [{"x": 4.5}]
 
 
@@ -326,14 +337,16 @@ def test_the_structure_may_change_from_batch_to_batch() -> None:
     kinds = ("tuple", "dict", "tensor")
     batches = [nested(batch, kind) for batch, kind in zip(BATCHES, kinds, strict=True)]
     means = iter(batch.mean() for batch in BATCHES)
-    results = trainer_of().validate(Logs(val=lambda self, batch: self.log("x", next(means))), [batches], verbose=False)
+    results = trainer_of().validate(
+        Logs(val=lambda self, batch: self.log("x", next(means))), iter(batches), verbose=False
+    )
     assert results == [{"x": 4.5}]
 
 
 def test_the_mean_over_batches_without_tensors_needs_their_size() -> None:
     def validate(**options: Any) -> list[dict[str, float]]:
         module = Logs(val=lambda self, batch: self.log("x", float(len(batch)), **options))
-        return trainer_of().validate(module, [[["a", "b"], ["c"], ["d"]]], verbose=False)
+        return trainer_of().validate(module, iter([["a", "b"], ["c"], ["d"]]), verbose=False)
 
     with pytest.raises(MisconfigurationException, match=r"no tensor in this batch.*self.log\(..., batch_size=...\)"):
         validate()

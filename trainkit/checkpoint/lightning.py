@@ -81,7 +81,7 @@ def loops_of(progress: Mapping[str, int], num_batches: float, num_optimizers: in
     updates = progress["step"] * max(num_optimizers, 1)
     fit = {
         "state_dict": {},
-        "epoch_loop.state_dict": {"_batches_that_stepped": progress["step"]},
+        "epoch_loop.state_dict": {"_batches_that_stepped": progress["window"]},
         "epoch_loop.batch_progress": {
             "total": _counts(progress["total_batch"]),
             "current": _counts(in_epoch),

@@ -136,7 +136,7 @@ class Sources:
         self.loaders[kind] = []
         optional = trainer.stage == "fit"
         if optional and (limit == 0 or not is_overridden(trainer.module, STEP[kind])):
-            if limit != 0 and self.given.get(kind) is not None:
+            if limit != 0 and self.has_loader(kind):
                 warn(f"there are validation loaders but no {STEP[kind]}: validation is left out.")
             self.loaders[kind] = []
             return
@@ -156,7 +156,6 @@ class Sources:
                 f"predict_dataloader is a CombinedLoader with mode={loaders[0].mode!r}; predict goes through loaders "
                 "one after the other. Use mode='sequential'."
             )
-        check_dataloader_idx(trainer.module, kind, several=len(loaders) > 1)
         self.loaders[kind] = self._watched(kind, loaders)
 
     def validation(self) -> list[Batches]:
@@ -291,15 +290,14 @@ def _is_nothing(source: Any) -> bool:
     return source is None or (type(source) in (list, tuple, dict) and not source)
 
 
-def check_dataloader_idx(module: Module, kind: str, several: bool) -> None:
+def check_dataloader_idx(module: Module, stage: str, several: bool) -> None:
     """Refuse methods that can't be told which of several loaders a batch is from, or that wait for it in vain.
 
     Raises:
         RuntimeError: it names the method.
     """
-    step = STEP[kind]
-    stage = step.removesuffix("_step")
-    for name in (step, f"on_{stage}_batch_start", f"on_{stage}_batch_end"):
+    kind = "val" if stage == "validation" else stage
+    for name in (f"{stage}_step", f"on_{stage}_batch_start", f"on_{stage}_batch_end"):
         if not is_overridden(module, name):
             continue
         parameters = inspect.signature(getattr(module, name)).parameters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -182,6 +181,10 @@ class Metrics:
         """Put values among the callback metrics, where they stay until they are replaced."""
         self.seen.update({name: as_tensor(value) for name, value in values.items()})
 
+    def note_row(self, values: dict[str, Any]) -> None:
+        """Put a row's values among the logged metrics: whoever writes one past `log` wants them there, too."""
+        self.seen_by_loggers.update({name: as_tensor(value) for name, value in values.items()})
+
     # ------------------------------------------------------------------ the run moves on
     def start_batches(self, hook: str) -> None:
         """From here on step values show."""
@@ -301,13 +304,13 @@ class Metrics:
         """Return the running values of the epoch in progress and what was seen last."""
         return {
             "train": [
-                metric.state_dict()
+                copied(metric.state_dict())  # without graphs
                 for metric in self.train.metrics.values()
                 if metric.logged and metric.hook != RUN_START  # logged again when the run is resumed
             ],
-            "seen": dict(self.seen),
-            "seen_by_loggers": dict(self.seen_by_loggers),
-            "seen_on_bar": dict(self.seen_on_bar),
+            "seen": copied(self.seen),
+            "seen_by_loggers": copied(self.seen_by_loggers),
+            "seen_on_bar": copied(self.seen_on_bar),
             "evaluated": [list(pair) for pair in self._evaluated.items()],
             "steps": self.train.steps,
             "objects": metric_states(self.module) if self._objects is None else self._objects,
@@ -331,7 +334,7 @@ class Metrics:
             else:
                 metric = Metric(name, hook, suffix, loader)
             for part in (*metric.SAVED, *metric.RUNNING):
-                setattr(metric, part, copy.deepcopy(saved[part]))  # they change in place
+                setattr(metric, part, copied(saved[part]))  # they change in place
             self.train.metrics[hook, name, None] = metric
 
 

@@ -66,6 +66,9 @@ class Plain(pl.LightningModule):
         self.log("loss", loss, on_epoch=True)
         return loss
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.layer(batch).square().mean())
+
 
 class Encoder(torch.nn.Module):
     def __init__(self, depth: int = 2) -> None:

@@ -493,6 +493,8 @@ def test_data_that_saves_hyperparameters_is_enough(tmp_path: Path) -> None:
             super().__init__()
             self.save_hyperparameters()
 
+        train_dataloader = Tiny.train_dataloader
+
     logger = Remember()
     trainer = Trainer(
         max_epochs=1,

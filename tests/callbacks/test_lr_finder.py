@@ -76,13 +76,16 @@ def test_a_schedule_starts_from_the_rate_that_was_found(TinyModule: Any, TinyDat
 
 def test_without_update_attr_it_only_looks(TinyModule: Any, TinyData: Any) -> None:
     weights = []
-    for callbacks in ([], [LearningRateFinder(update_attr=False, num_training_steps=20)]):
+    finder = LearningRateFinder(update_attr=False, num_training_steps=20, early_stop_threshold=None)
+    for callbacks in ([], [finder]):
         torch.manual_seed(0)
         module = TinyModule()
         Trainer(max_epochs=2, callbacks=callbacks, **QUIET).fit(module, datamodule=TinyData(shuffle=True))  # type: ignore[arg-type]
         assert module.lr == 0.05
         weights.append(module.line.weight.detach().clone())
-    assert callbacks[0].optimal_lr.suggestion() is not None  # type: ignore[union-attr]
+    assert finder.optimal_lr is not None
+    assert len(finder.optimal_lr.results["loss"]) == 20
+    assert finder.optimal_lr.suggestion() is not None
     assert torch.equal(*weights)
 
 

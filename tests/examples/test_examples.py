@@ -81,7 +81,8 @@ def test_it_has_a_config_less_than_120_lines_and_a_place_on_the_page(name: str) 
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_docstring_names_the_command(name: str) -> None:
-    text = (CHECKOUT / "examples" / f"{name}.py").read_text().partition('"""')[2].partition('"""')[0]
+    docstring = (CHECKOUT / "examples" / f"{name}.py").read_text().partition('"""')[2].partition('"""')[0]
+    text = " ".join(docstring.split())
     assert f"configs/{name}.yaml" in text
     assert f"python examples/{name}.py" in text or f"python -m examples.{name}" in text
 

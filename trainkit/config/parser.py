@@ -57,6 +57,10 @@ def make_parser(command: str) -> jsonargparse.ArgumentParser:
     return parser
 
 
+TORCHS = {"ReduceLROnPlateau": "torch.optim.lr_scheduler.ReduceLROnPlateau"}
+"""Short names that mean torch's class here; a program that has imported LightningCLI knows another of the same name."""
+
+
 def parse(parser: jsonargparse.ArgumentParser, files: Sequence[str], options: Sequence[tuple[str, str]]) -> Any:
     """Return the config of some files, merged in order, and of the options, which win.
 
@@ -68,6 +72,8 @@ def parse(parser: jsonargparse.ArgumentParser, files: Sequence[str], options: Se
         root, _, rest = name.partition(".")
         if root == "lr_scheduler" and rest in SCHEDULE_KEYS:
             name = f"{root}_{rest}"
+        if name in ("lr_scheduler", "lr_scheduler.class_path"):
+            value = TORCHS.get(value, value)
         if rest.endswith("init_args") and meaning(value) is None:  # no arguments
             continue
         arguments.append(f"--{name}={value}")
@@ -137,8 +143,12 @@ def _load(text: str) -> Any:
     """
     loaded = _without_empty_sections(jsonargparse.get_loader("yaml")(text))
     scheduler = loaded.get("lr_scheduler") if isinstance(loaded, dict) else None
+    if isinstance(scheduler, str):
+        return {**loaded, "lr_scheduler": TORCHS.get(scheduler, scheduler)}
     if not isinstance(scheduler, dict):
         return loaded
+    if isinstance(name := scheduler.get("class_path"), str):
+        scheduler = {**scheduler, "class_path": TORCHS.get(name, name)}
     lifted = {f"lr_scheduler_{key}": scheduler[key] for key in SCHEDULE_KEYS if key in scheduler}
     return {**loaded, "lr_scheduler": {k: v for k, v in scheduler.items() if k not in SCHEDULE_KEYS}, **lifted}
 

@@ -2,7 +2,7 @@
 
 Run all folds with `python -m examples.k_fold`, and one of them with `trainkit fit --config configs/k_fold.yaml`, by
 `--data.fold 3`, for folds that are to be trained at the same time or on several machines. The five folds of the
-digits give an accuracy of 0.9944, with a standard deviation of 0.0039 (20 seconds of one CPU core).
+digits give an accuracy of 0.9950, with a standard deviation of 0.0030 (18 seconds of one CPU core).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Run it with `trainkit fit --config configs/own_callback.yaml`, or without YAML with `python -m examples.own_callback`.
 A callback is a class with the hooks it needs; they are called in the order that trainkit/callback.py shows. The run
-is that of examples/digits.py: 0.99 of the digits held back are read right after ten epochs (ten seconds of one CPU
+is that of examples/digits.py: 0.99 of the digits held back are read right after ten epochs (six seconds of one CPU
 core), and the largest gradient is that of the last layer.
 """
 

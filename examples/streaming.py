@@ -2,8 +2,8 @@
 
 Run it with `trainkit fit --config configs/streaming.yaml`, or without YAML with `python examples/streaming.py`. The
 files are Python's own library. The task: from one line of code, tell which of seven packages it is from. In files
-held back, four epochs (20 seconds of one CPU core, and two workers) get 0.60 of the lines right with either command
-and Python 3.11's library, where always naming the largest package gets 0.28.
+held back, four epochs (18 seconds of CPU time, of which two workers have a part) get 0.60 of the lines right with
+either command and Python 3.11's library, where always naming the largest package gets 0.28.
 """
 
 from __future__ import annotations

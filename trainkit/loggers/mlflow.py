@@ -37,7 +37,7 @@ OWN_ADDRESSES: set[str] = set()
 
 
 class MLFlowLogger(Logger):
-    """Log to MLflow (`pip install mlflow-skinny` or `mlflow`): metrics, hyper-parameters and checkpoints.
+    """Log to MLflow (`pip install mlflow`, or `mlflow-skinny`): metrics, hyper-parameters and checkpoints.
 
     The experiment and the run are made when they are first needed. Without an address everything lies in `save_dir`:
     in MLflow's files, or in a database there, `mlflow.db`, when MLflow refuses files. It does so since version 3.13,
@@ -157,7 +157,14 @@ class MLFlowLogger(Logger):
             except MlflowException:  # this version keeps runs in databases only
                 folder.mkdir(parents=True, exist_ok=True)
                 uri = f"sqlite:///{folder / 'mlflow.db'}"
-                client = MlflowClient(uri)
+                try:
+                    client = MlflowClient(uri)
+                    client.search_experiments(max_results=1)
+                except (MlflowException, ImportError, KeyError) as error:  # mlflow-skinny has no database
+                    raise RuntimeError(
+                        f"MLFlowLogger can't keep its runs in {uri}: {error}. Install what a database needs (pip "
+                        "install sqlalchemy alembic), or let it write files: MLFLOW_ALLOW_FILE_STORE=true."
+                    ) from error
                 location = location or (folder / "artifacts" / self._experiment_name).as_uri()
             OWN_ADDRESSES.add(uri)
         else:

@@ -190,7 +190,7 @@ def test_the_step_is_finished_and_saved_before_the_run_is_left(capfd: pytest.Cap
     with pytest.raises(SystemExit):
         trainer.fit(Line(), loader())
     assert sends.heard == [
-        "on_train_batch_end", "on_save_point", "signal", "on_train_batch_end", "on_save_point", "SystemExit True",
+        "on_train_batch_end", "on_save_point", "signal", "on_train_batch_end", "on_save_point", "SIGTERMException True",
         "teardown",
     ]  # fmt: skip
     assert trainer.global_step == 2
@@ -203,7 +203,7 @@ def test_an_accumulation_window_is_finished_first(capfd: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         trainer.fit(Line(), loader())
     assert (trainer.global_step, trainer.progress.batch) == (1, 3)
-    assert sends.heard[-3:] == ["on_save_point", "SystemExit True", "teardown"]
+    assert sends.heard[-3:] == ["on_save_point", "SIGTERMException True", "teardown"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,10 @@ class Interrupted(SystemExit, KeyboardInterrupt):
     """Ctrl-C, after the step was finished and saved: a KeyboardInterrupt that ends a script with 130, silently."""
 
 
+class SIGTERMException(SystemExit):
+    """SIGTERM, after the step was finished and saved: the process ends with 143."""
+
+
 class Interruption:
     """Which signal asked this run to end, if any. Nothing is saved inside a handler; the loop looks here."""
 
@@ -59,6 +63,6 @@ class Interruption:
             os.write(2, f"{start}{name}: finishing this step and saving; once more stops at once\n".encode())
 
     def leave(self) -> None:
-        """Raise what the noted signal means: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
+        """Raise what the noted signal means: KeyboardInterrupt, or a SystemExit with 143 for SIGTERM."""
         if self.signal is not None:
-            raise Interrupted(130) if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
+            raise Interrupted(130) if self.signal == signal.SIGINT else SIGTERMException(128 + self.signal)

@@ -140,7 +140,7 @@ MODULES: dict[str, str | dict[str, str]] = {
         "trainkit.lightning.helpers": "extract_batch_size has_iterable_dataset has_len sized_len"
     },
     "pytorch.utilities.enums": {"trainkit.lightning.helpers": "GradClipAlgorithmType LightningEnum"},
-    "pytorch.utilities.exceptions": EXCEPTIONS,
+    "pytorch.utilities.exceptions": {**EXCEPTIONS, "trainkit.signals": "SIGTERMException"},
     "pytorch.utilities.grads": {"trainkit.gradients": "grad_norm"},
     "pytorch.utilities.memory": {
         "trainkit.memory": "garbage_collection_cuda get_model_size_mb is_cuda_out_of_memory is_cudnn_snafu "

@@ -122,9 +122,12 @@ class BaseFinetuning(Callback):
             initial_denom_lr: the divisor.
             train_bn: add batch norm's parameters, too.
         """
+        learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        learning &= {id(p) for p in BaseFinetuning.filter_params(modules)}  # batch norm that was never frozen
         BaseFinetuning.make_trainable(modules)
         rate = optimizer.param_groups[0]["lr"] / initial_denom_lr if lr is None else float(lr)
-        new = BaseFinetuning.filter_on_optimizer(optimizer, BaseFinetuning.filter_params(modules, train_bn=train_bn))
+        unfrozen = (p for p in BaseFinetuning.filter_params(modules, train_bn=train_bn) if id(p) not in learning)
+        new = BaseFinetuning.filter_on_optimizer(optimizer, unfrozen)
         if new:
             optimizer.add_param_group({"params": new, "lr": rate})
 

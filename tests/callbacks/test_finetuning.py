@@ -151,6 +151,15 @@ def test_batch_norm_can_be_left_out_of_the_group() -> None:
     assert len(optimizer.param_groups[1]["params"]) == 4
 
 
+def test_batch_norm_that_was_never_frozen_is_no_reason_for_a_warning() -> None:
+    backbone, head = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), nn.Linear(2, 1)
+    BaseFinetuning.freeze(backbone)
+    parameters = [p for p in (*backbone.parameters(), *head.parameters()) if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    BaseFinetuning.unfreeze_and_add_param_group(backbone, optimizer)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [4, 2]
+
+
 def test_parameters_that_the_optimizer_has_are_left_out_with_a_warning() -> None:
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     second.load_state_dict(first.state_dict())  # equal values are not the same parameter

@@ -209,6 +209,13 @@ def test_limits_that_are_left_out_are_lightnings() -> None:
     assert Trainer(**QUIET, min_steps=5).min_epochs == 1  # type: ignore[arg-type]
 
 
+def test_a_whole_float_above_one_is_a_number_of_batches() -> None:
+    trainer = Trainer(**QUIET, limit_train_batches=2.0, limit_val_batches=1e6, overfit_batches=3.0)  # type: ignore[arg-type]
+    limits = (trainer.limit_train_batches, trainer.limit_val_batches, trainer.overfit_batches)
+    assert limits == (2, 1_000_000, 3)
+    assert all(type(limit) is int for limit in limits)
+
+
 def test_a_root_folder_is_absolute_and_may_begin_at_home() -> None:
     assert Trainer(**QUIET, default_root_dir="~/runs").default_root_dir == str(Path.home() / "runs")  # type: ignore[arg-type]
     assert Trainer(**QUIET).default_root_dir == str(Path.cwd())  # type: ignore[arg-type]

@@ -66,6 +66,8 @@ def limit(name: str, value: float | None, default: float = 1.0) -> float:
         return value
     if isinstance(value, float) and 0.0 <= value <= 1.0:
         return value
+    if value > 1.0 and value % 1.0 == 0.0:  # 2.0 and 1e6 can only be meant as numbers
+        return int(value)
     raise MisconfigurationException(
         f"{name} must be a whole number of batches, at least 0, or a fraction from 0.0 to 1.0. Received: {value!r}."
     )

@@ -306,6 +306,53 @@ def test_reloading_asks_for_both_kinds_and_keeps_the_order_a_function_of_the_see
     assert reloaded == once
 
 
+@pytest.mark.parametrize("sanity_steps", [0, 1])
+def test_validation_loaders_from_before_the_first_validating_epoch_are_asked_for_again(sanity_steps: int) -> None:
+    asked: list[int] = []
+
+    class Data(Everything):
+        def val_dataloader(self) -> Any:
+            asked.append(self.trainer.current_epoch)  # type: ignore[union-attr]
+            return loader()
+
+    settings = {"reload_dataloaders_every_n_epochs": 2, "check_val_every_n_epoch": 2, "max_epochs": 6}
+    trainer_of(**settings, num_sanity_val_steps=sanity_steps).fit(Line(), datamodule=Data())
+    assert asked == [0, 1, 3, 5]
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 2])
+def test_the_sanity_check_leaves_random_training_data_as_they_are(sanity_steps: int) -> None:
+    class Draws(Everything):
+        def train_dataloader(self) -> Any:
+            return DataLoader(torch.randn(4, 1))  # type: ignore[arg-type]
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(torch.randn(4, 1))  # type: ignore[arg-type]
+
+    module = Line()
+    torch.manual_seed(3)
+    trainer_of(num_sanity_val_steps=sanity_steps).fit(module, datamodule=Draws())
+    torch.manual_seed(3)
+    expected = torch.randn(4).tolist()
+    assert [numbers[0] for step, numbers in module.seen if step == "train"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "arguments"),
+    [
+        ("validate", "validation_step", "batch, batch_idx, loader_idx"),
+        ("test", "on_test_batch_end", "outputs, batch, batch_idx, loader_idx"),
+        ("predict", "predict_step", "batch, batch_idx, loader_idx"),
+    ],
+)
+def test_a_method_that_wants_more_than_it_is_given_is_refused(run: str, name: str, arguments: str) -> None:
+    space: dict[str, Any] = {}
+    exec(f"def method(self, {arguments}): ...", space)
+    module = type("Wants", (Line,), {name: space["method"]})()
+    with pytest.raises(TypeError, match=rf"Wants.{name} wants \({arguments}\), but with one"):
+        getattr(trainer_of(), run)(module, loader())
+
+
 def test_a_data_set_that_grows_is_sampled_as_a_whole_after_a_reload() -> None:
     class Grows(Dataset[torch.Tensor]):
         size = 2

@@ -46,7 +46,7 @@ class Sources:
         """The loaders in the structure that the user gave them, by kind."""
         self.val_every: int | None = None
         """Validate every n batches; None: at the end of an epoch."""
-        self._asked: dict[str, int] = {}  # the epoch in which loaders of a kind were asked for
+        self._asked: dict[str, float] = {}  # the epoch in which loaders of a kind were asked for
 
     @property
     def train(self) -> Batches:
@@ -132,9 +132,11 @@ class Sources:
     def load_evaluation(self, kind: str) -> None:
         """Ask for the loaders of "val", "test" or "predict" and wrap them; in fit they may be missing."""
         trainer, limit = self.trainer, self._limit(kind)[0]
-        self._asked[kind] = trainer.current_epoch
-        self.loaders[kind] = []
         optional = trainer.stage == "fit"
+        n = trainer.check_val_every_n_epoch
+        early = optional and n is not None and (trainer.current_epoch + 1) % n > 0  # this epoch does not validate
+        self._asked[kind] = -math.inf if early else trainer.current_epoch
+        self.loaders[kind] = []
         if optional and (limit == 0 or not is_overridden(trainer.module, STEP[kind])):
             if limit != 0 and self.has_loader(kind):
                 warn(f"there are validation loaders but no {STEP[kind]}: validation is left out.")
@@ -295,6 +297,7 @@ def check_dataloader_idx(module: Module, stage: str, several: bool) -> None:
 
     Raises:
         RuntimeError: it names the method.
+        TypeError: one wants more than it is given.
     """
     kind = "val" if stage == "validation" else stage
     for name in (f"{stage}_step", f"on_{stage}_batch_start", f"on_{stage}_batch_end"):
@@ -304,7 +307,7 @@ def check_dataloader_idx(module: Module, stage: str, several: bool) -> None:
         index = parameters.get("dataloader_idx")
         takes_all = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values())
         where = f"{type(module).__name__}.{name}"
-        if several and index is None and not takes_all:
+        if several and index is None and not takes_all and "dataloader_iter" not in parameters:
             raise RuntimeError(
                 f"there are several {kind}_dataloaders, so {where} needs an argument dataloader_idx. It takes "
                 f"({', '.join(parameters)}). Add dataloader_idx=0."
@@ -313,6 +316,14 @@ def check_dataloader_idx(module: Module, stage: str, several: bool) -> None:
             raise RuntimeError(
                 f"{where} wants a dataloader_idx, but there is one {kind}_dataloader and none is passed. Give it a "
                 "default: dataloader_idx=0."
+            )
+        by_place = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        needed = [parameter.name for parameter in by_place if parameter.default is parameter.empty]
+        passed = ("outputs", "batch", "batch_idx")[not name.endswith("_end") :]
+        if not several and not takes_all and len(needed) > len(passed):
+            raise TypeError(
+                f"{where} wants ({', '.join(needed)}), but with one {kind}_dataloader it is called with "
+                f"({', '.join(passed)}). Give {needed[-1]} a default; the index of a loader is called dataloader_idx."
             )
 
 

@@ -118,7 +118,11 @@ def test_objects_are_reset_when_the_epoch_is_over_and_after_a_sanity_check() -> 
 
 
 def logging(log: Any) -> Module:
-    return type("Logs", (Net,), {"training_step": lambda self, batch, batch_idx: log(self, batch_idx)})()
+    def training_step(self: Any, batch: Tensor, batch_idx: int) -> Tensor:
+        log(self, batch_idx)
+        return self.line(batch[:, None]).mean()  # type: ignore[no-any-return]
+
+    return type("Logs", (Net,), {"training_step": training_step})()
 
 
 @pytest.mark.parametrize(
@@ -222,3 +226,27 @@ def test_torchmetrics_is_never_imported() -> None:
     code = "import sys; from trainkit import Module, Trainer, metrics; print('torchmetrics' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_an_object_is_reset_once_an_epoch() -> None:
+    resets: list[int] = []
+
+    class Watched(torchmetrics.MeanMetric):  # type: ignore[misc, name-defined]
+        def reset(self) -> None:
+            resets.append(1)
+            super().reset()
+
+    class Logs(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.watched = Watched()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.watched.update(batch)
+            self.log("watched", self.watched)
+            return self.line(batch[:, None]).mean()  # type: ignore[no-any-return]
+
+    module = Logs()
+    resets.clear()
+    trainer_of().fit(module, loader())
+    assert len(resets) == 2

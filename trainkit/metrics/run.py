@@ -262,7 +262,10 @@ class Metrics:
         self._objects = copied(metric_states(self.module))
         if self.table is not self.train:
             self.table.reset()
-        self.train.reset_objects()
+        if any(
+            metric.logged for metric in self.train.metrics.values()
+        ):  # else: their epoch is over, and they are reset
+            self.train.reset_objects()
         self.table = self.train
         self.hook, self.batch = "outside", None
         for seen in (self.seen, self.seen_by_loggers, self.seen_on_bar):

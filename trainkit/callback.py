@@ -79,6 +79,10 @@ class Callback(Logs):
         """Name this callback's state in a checkpoint; two callbacks of one run need two names."""
         return type(self).__qualname__
 
+    def _generate_state_key(self, **settings: Any) -> str:
+        """Return a `state_key` made of settings, for a class that a run may have several of."""
+        return f"{type(self).__qualname__}{settings!r}"
+
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a restart: tensors, numbers, strings, lists and dicts."""
         return {}

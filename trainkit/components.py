@@ -16,7 +16,7 @@ from trainkit.callback import Callback
 from trainkit.checkpoint.io import CheckpointIO
 from trainkit.devices import resolve as resolve_device
 from trainkit.errors import DuplicateStateError, MisconfigurationException, warn
-from trainkit.hooks import is_overridden
+from trainkit.hooks import is_overridden, overrides
 from trainkit.loggers import DummyLogger, Logger, TensorBoardLogger
 from trainkit.module import Module
 from trainkit.precision import Precision, precision_of
@@ -207,7 +207,7 @@ def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
         DuplicateStateError: two of them have one name for their state.
     """
     ordered = sorted(callbacks, key=lambda callback: callback.saves - callback.tunes)
-    keys = [callback.state_key for callback in ordered if callback.state_dict()]
+    keys = [callback.state_key for callback in ordered if overrides(callback, "state_dict", Callback)]
     for key in {key for key in keys if keys.count(key) > 1}:
         raise DuplicateStateError(
             f"two callbacks keep their state under {key!r}: a checkpoint could hold only one of them. Give one of the "
@@ -232,10 +232,14 @@ def module_of(given: Any, stage: str) -> Module:
 
 
 def with_callbacks_of(module: Module, callbacks: list[Callback]) -> list[Callback]:
-    """Return the callbacks with the module's own, which replace those of the same type."""
+    """Return the callbacks with the module's own, which replace those of the same type or of one they derive from."""
     own = module.configure_callbacks()
     own = list(own) if isinstance(own, Sequence) else [own]
-    kept = [callback for callback in callbacks if type(callback) not in {type(other) for other in own}]
+    kept = [
+        callback
+        for callback in callbacks
+        if type(callback) is Callback or not any(isinstance(other, type(callback)) for other in own)
+    ]
     return in_order([*kept, *own])
 
 
@@ -248,7 +252,7 @@ def check_can_train(trainer: Trainer) -> None:
             "batch and which returns the loss."
         )
     if not is_overridden(module, "configure_optimizers"):
-        module.configure_optimizers()  # the one that is not overridden raises, and says what to write
+        Module.configure_optimizers(module)  # the one that is not overridden raises, and says what to write
     if not module.automatic_optimization:
         for name, value, off in (
             ("accumulate_grad_batches", trainer.accumulate_grad_batches, 1),

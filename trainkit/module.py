@@ -110,7 +110,9 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
-        self.__dict__["_trainer"] = trainer
+        for part in self.modules():
+            if isinstance(part, Module):
+                part.__dict__["_trainer"] = trainer
 
     def attach(self, trainer: Trainer, metrics: Metrics) -> None:
         """Get to know the run: its trainer and where `log` files its values; modules inside this one do too."""

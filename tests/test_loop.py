@@ -140,7 +140,8 @@ def test_a_step_that_returns_none_is_skipped() -> None:
     module, by_hand = Skips(), Net()
     torch.manual_seed(5)
     trainer = bare_trainer()
-    trainer.fit(module, InMemory(*batches()))
+    with pytest.warns(UserWarning, match="a batch is skipped: training_step returned None"):
+        trainer.fit(module, InMemory(*batches()))
     torch.manual_seed(5)
     optimizer = by_hand.configure_optimizers()
     for x, y in batches()[::2]:
@@ -149,6 +150,20 @@ def test_a_step_that_returns_none_is_skipped() -> None:
         optimizer.step()
     assert torch.equal(weights(module), weights(by_hand))
     assert trainer.global_step == 4
+
+
+def test_a_batch_that_is_none_is_skipped() -> None:
+    told: list[bool] = []
+
+    class Told(Net):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            told.append(bool(outputs))
+
+    trainer = bare_trainer()
+    with pytest.warns(UserWarning, match="or its loader yielded None"):
+        trainer.fit(Told(), InMemory(*[None if index % 2 else batch for index, batch in enumerate(batches())]))
+    assert trainer.global_step == 4
+    assert told == [True, False] * 4
 
 
 def test_manual_optimization_counts_a_batch_once_however_many_optimizers_step() -> None:

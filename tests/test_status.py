@@ -110,9 +110,12 @@ def test_metrics_come_as_tensors_and_numbers(TinyModule: Any, TinyData: Any) -> 
 def test_results_are_a_table_with_a_column_for_each_loader() -> None:
     assert results_table("test", [{}]) == "test: nothing was logged"
     assert results_table("test", [{"loss": 0.25, "accuracy": 1.0}]).splitlines() == [
-        "test",
-        "accuracy             1",
-        "loss              0.25",
+        "Test metric   DataLoader 0",
+        "accuracy                 1",
+        "loss                  0.25",
     ]
     two = results_table("test", [{"a/dataloader_idx_0": 1.5}, {"a/dataloader_idx_1": 2.5}])
-    assert two.splitlines()[0].split() == ["test", "loader", "0", "loader", "1"]
+    assert [line.split() for line in two.splitlines()] == [
+        ["Test", "metric", "DataLoader", "0", "DataLoader", "1"],
+        ["a", "1.5", "2.5"],
+    ]

@@ -574,3 +574,79 @@ def test_a_signal_finishes_the_step_and_saves(
     resumed = run("no", str(workers))
     assert resumed.stdout.startswith("24 "), resumed.stderr
     assert "last.ckpt" in resumed.stdout
+
+
+# ---------------------------------------------------------------- what Lightning programs count on
+def test_loggers_are_called_by_name(TinyModule: Any, TinyData: Any) -> None:
+    steps = []
+
+    class ByName(CSVLogger):
+        def log_metrics(self, *, metrics: Any, step: int | None = None) -> None:  # type: ignore[override]
+            steps.append(step)
+
+    Trainer(**{**BARE, "logger": ByName(".")}, max_epochs=1, log_every_n_steps=4).fit(TinyModule(), TinyData())
+    assert steps
+    assert set(steps) == {3, 7}
+
+
+def test_a_trainer_is_set_for_modules_inside_a_module(TinyModule: Any) -> None:
+    outer, inner = TinyModule(), TinyModule()
+    outer.inner, trainer = inner, Trainer(**BARE)
+    outer.trainer = trainer
+    assert inner.trainer is trainer
+
+
+def test_a_callback_of_the_module_replaces_one_that_it_derives_from(TinyModule: Any, TinyData: Any) -> None:
+    class Better(EarlyStopping):
+        pass
+
+    plain, better = Callback(), Better("val_loss")
+    module = TinyModule()
+    module.configure_callbacks = lambda: better
+    trainer = Trainer(**BARE, max_epochs=1, callbacks=[plain, EarlyStopping("val_loss")])
+    trainer.fit(module, TinyData())
+    assert trainer.callbacks == [plain, better]
+
+
+def test_a_callback_may_get_its_state_in_setup(TinyModule: Any, TinyData: Any) -> None:
+    class Late(Callback):
+        def __init__(self, what: str) -> None:
+            self.what = what
+
+        @property
+        def state_key(self) -> str:
+            return self._generate_state_key(what=self.what)
+
+        def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
+            self.seen = 3
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": self.seen}
+
+    trainer = Trainer(**BARE, max_epochs=1, callbacks=[Late("a"), Late("b")])
+    trainer.fit(TinyModule(), TinyData())
+    trainer.save_checkpoint("file.ckpt")
+    states = torch.load("file.ckpt", weights_only=False)["callbacks"]
+    keys = [key for key in states if "Late" in key]
+    assert [key.split(".")[-1] for key in keys] == ["Late{'what': 'a'}", "Late{'what': 'b'}"]
+    assert states[keys[0]] == {"seen": 3}
+
+
+def test_a_checkpoint_that_is_named_goes_before_the_one_that_was_set(TinyModule: Any, TinyData: Any) -> None:
+    trainer = Trainer(**BARE, max_epochs=1)
+    trainer.fit(TinyModule(), TinyData())
+    for name in ("set.ckpt", "named.ckpt"):
+        trainer.save_checkpoint(name)
+    trainer.ckpt_path = "set.ckpt"
+    trainer.validate(TinyModule(), TinyData(), verbose=False)
+    assert Path(str(trainer.ckpt_path)).name == "set.ckpt"
+    with pytest.warns(UserWarning, match="trainer.ckpt_path was set to set.ckpt"):
+        trainer.validate(TinyModule(), TinyData(), ckpt_path="named.ckpt", verbose=False)
+    assert Path(str(trainer.ckpt_path)).name == "named.ckpt"
+
+
+def test_a_module_without_optimizers_is_told_what_to_write(TinyModule: Any, TinyData: Any) -> None:
+    module = TinyModule()
+    module.configure_optimizers = None
+    with pytest.raises(MisconfigurationException, match="configure_optimizers"):
+        Trainer(**BARE, max_epochs=1).fit(module, TinyData())

@@ -41,7 +41,7 @@ def fit(trainer: Trainer) -> None:
         metrics.start_batches(TRAIN_BATCH)
 
         for batch_idx, batch, is_last in sources.train.epoch(progress.epoch, start):
-            trainer.is_last_batch = is_last
+            trainer.batch_idx, trainer.is_last_batch = batch_idx, is_last
             if transfer is not None:
                 batch = transfer(batch, 0)
             if batch_idx == start:
@@ -65,7 +65,7 @@ def fit(trainer: Trainer) -> None:
                         zero_grad(progress.epoch, batch_idx, optimizer)
 
             # Forward, loss, backward.
-            output = training_step(batch, batch_idx)
+            output = training_step(batch, batch_idx) if batch is not None else None  # None: nothing is left of it
             loss = loss_of(output, needs_grad) if automatic else None
             if loss is not None:  # None: the module skips this batch, or optimizes by itself
                 if accumulate > 1:
@@ -216,6 +216,10 @@ def loss_of(output: Any, needs_grad: bool = True) -> Tensor | None:
     if isinstance(output, Mapping):
         loss = output.get("loss")
     if output is None:
+        warn(
+            "a batch is skipped: training_step returned None, or its loader yielded None. If that is not meant, return "
+            "the loss."
+        )
         return None
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(

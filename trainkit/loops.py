@@ -6,7 +6,7 @@ functions in trainkit/loop.py; there is nothing else to them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -74,17 +74,29 @@ class FitLoop:
         return self._trainer.num_training_batches
 
     @property
+    def batch_idx(self) -> int:
+        """The index of the running batch in its epoch, else of the last one; -1 before the first."""
+        return self._trainer.batch_idx
+
+    @property
+    def total_batch_idx(self) -> int:
+        """The same, counted over all epochs."""
+        trainer = self._trainer
+        counted = trainer.metrics.batch is None or trainer.progress.batch != trainer.batch_idx
+        return trainer.progress.total_batch - counted
+
+    @property
     def done(self) -> bool:
         """Whether a limit is reached."""
         return self._trainer.done
 
 
 class EvaluationLoop:
-    """The limits of `trainer.validate`, `test` and `predict`.
+    """The limits of `trainer.validate` and `test`.
 
     Args:
         trainer: whose.
-        kind: "val", "test" or "predict".
+        kind: "val", "test" or "predict", whose loaders it goes through.
     """
 
     def __init__(self, trainer: Trainer, kind: str) -> None:
@@ -99,3 +111,12 @@ class EvaluationLoop:
     def num_dataloaders(self) -> int:
         """How many loaders there are."""
         return len(self.max_batches)
+
+
+class PredictionLoop(EvaluationLoop):
+    """The limits of `trainer.predict`, and what it returned."""
+
+    @property
+    def predictions(self) -> list[Any]:
+        """What the last `predict` returned; empty with return_predictions=False."""
+        return self._trainer.predictions

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from trainkit.loggers.base import FileLogger, run_directory
-from trainkit.loops import EvaluationLoop, FitLoop
+from trainkit.loops import EvaluationLoop, FitLoop, PredictionLoop
 from trainkit.stages import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Status:
     enable_autolog_hparams: bool
     max_time: timedelta | None
     should_stop: bool
+    batch_idx: int
     is_last_batch: bool
     max_epochs: int | None
     accumulate_grad_batches: int
@@ -296,9 +297,9 @@ class Status:
         return EvaluationLoop(cast("Trainer", self), "test")
 
     @property
-    def predict_loop(self) -> EvaluationLoop:
-        """The limits of predict."""
-        return EvaluationLoop(cast("Trainer", self), "predict")
+    def predict_loop(self) -> PredictionLoop:
+        """The limits of predict, and what it returned."""
+        return PredictionLoop(cast("Trainer", self), "predict")
 
     # ---- components
     @property
@@ -439,12 +440,17 @@ class Status:
 
 def results_table(stage: str, results: list[dict[str, float]]) -> str:
     """Return an evaluation's results as a table, a column for each loader."""
-    names = sorted({name for result in results for name in result})
+    columns = [
+        {name.removesuffix(f"/dataloader_idx_{i}"): value for name, value in result.items()}
+        for i, result in enumerate(results)
+    ]
+    names = sorted({name for column in columns for name in column})
     if not names:
         return f"{stage}: nothing was logged"
-    width = max(map(len, names))
-    lines = [f"{stage:<{width}}" + "".join(f"  {f'loader {i}':>12}" for i in range(len(results)) if len(results) > 1)]
+    title = f"{stage.capitalize()} metric"
+    width = max(map(len, [title, *names]))
+    lines = [f"{title:<{width}}" + "".join(f"  {f'DataLoader {i}':>13}" for i in range(len(columns)))]
     for name in names:
-        cells = "".join(f"  {result[name]:>12.6g}" if name in result else " " * 14 for result in results)
+        cells = "".join(f"  {column[name]:>13.6g}" if name in column else " " * 15 for column in columns)
         lines.append(f"{name:<{width}}{cells}")
     return "\n".join(line.rstrip() for line in lines)

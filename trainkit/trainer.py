@@ -168,6 +168,7 @@ class Trainer(Status):
         """The checkpoint this run was resumed from."""
         self.should_stop = False
         """Set it to end the run after this batch."""
+        self.batch_idx = -1
         self.is_last_batch = False
         self.optimizers: list[Optimizer] = []
         self.step_optimizers: list[StepOptimizer] = []
@@ -179,6 +180,7 @@ class Trainer(Status):
         self.sources = Sources(self, {})
         self.checkpoint: dict[str, Any] | None = None
         """The contents of the checkpoint that this run begins from."""
+        self.predictions: list[Any] = []
         self._given_ckpt_path: str | os.PathLike[str] | None = None
         self._since_validation = Clock()
 
@@ -208,7 +210,7 @@ class Trainer(Status):
         """
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         anomalies = torch.autograd.set_detect_anomaly(True) if self.detect_anomaly else nullcontext()
-        run = running(self, TrainerFn.FITTING, model, datamodule, ckpt_path or self._given_ckpt_path, sources)
+        run = running(self, TrainerFn.FITTING, model, datamodule, self._named_checkpoint(ckpt_path), sources)
         with run, self.interruption.listening(), anomalies:
             self._sanity_check()
             self._load_data()
@@ -271,8 +273,13 @@ class Trainer(Status):
         keep = return_predictions is not False
         ckpt_path = self._default_checkpoint(model, ckpt_path)
         with running(self, TrainerFn.PREDICTING, model, datamodule, ckpt_path, {"predict": dataloaders}):
+            if self.module.predict_step is None or self.module.forward is None:
+                raise MisconfigurationException(
+                    f"{type(self.module).__name__} has None for predict_step or forward, which predict calls."
+                )
             self.sources.load_evaluation("predict")
             predictions = loop.predict(self, self.sources.loaders["predict"], keep)
+        self.predictions = (predictions or []) if keep else []
         return predictions if keep else None
 
     def _evaluate(
@@ -309,8 +316,7 @@ class Trainer(Status):
         try:
             with isolated_random():
                 self.hooks.on_sanity_check_start()
-            self.sources.load_evaluation("val")
-            with isolated_random():
+                self.sources.load_evaluation("val")
                 loop.evaluate(self, "validation", [loader.limited_to(steps) for loader in self.sources.loaders["val"]])
                 self.hooks.on_sanity_check_end()
         finally:
@@ -376,6 +382,15 @@ class Trainer(Status):
         if stage == "fit":
             restore.continue_loggers(self.loggers, path, int(self.checkpoint.get("global_step", 0)))
 
+    def _named_checkpoint(self, ckpt_path: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
+        """Return the checkpoint that a call names, or the one `trainer.ckpt_path` was set to, which a call ends."""
+        if not ckpt_path:
+            return self._given_ckpt_path
+        if self._given_ckpt_path:
+            warn(f"trainer.ckpt_path was set to {self._given_ckpt_path!s}; the call's ckpt_path={ckpt_path!s} is used.")
+            self._given_ckpt_path = None
+        return ckpt_path
+
     def _default_checkpoint(
         self, model: Module | None, ckpt_path: str | os.PathLike[str] | None
     ) -> str | os.PathLike[str] | None:
@@ -384,6 +399,7 @@ class Trainer(Status):
         Raises:
             NoCheckpointError: this Trainer has not saved one.
         """
+        ckpt_path = self._named_checkpoint(ckpt_path)
         if model is not None or ckpt_path is not None or self.model is None:
             return ckpt_path
         best: str = getattr(self.checkpoint_callback, "best_model_path", "")
@@ -471,7 +487,7 @@ class Trainer(Status):
                 row.setdefault("epoch", self.current_epoch)
             step = self.log_step if x is None else int(x)
         for logger in self.loggers:
-            logger.log_metrics(row, step)
+            logger.log_metrics(metrics=row, step=step)
             logger.save()
 
     def print(self, *args: Any, **kwargs: Any) -> None:

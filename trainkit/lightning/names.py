@@ -100,7 +100,9 @@ MODULES: dict[str, str | dict[str, str]] = {
     "pytorch.loggers.mlflow": "trainkit.loggers.mlflow",
     "pytorch.loggers.tensorboard": "trainkit.loggers.tensorboard",
     "pytorch.loggers.wandb": "trainkit.loggers.wandb",
-    "pytorch.loops": {"trainkit.loops": "_FitLoop=FitLoop _EvaluationLoop=EvaluationLoop"},
+    "pytorch.loops": {
+        "trainkit.loops": "_FitLoop=FitLoop _EvaluationLoop=EvaluationLoop _PredictionLoop=PredictionLoop"
+    },
     "pytorch.overrides": {},
     "pytorch.overrides.distributed": {
         "trainkit.data.distributed": "UnrepeatedDistributedSampler UnrepeatedDistributedSamplerWrapper"

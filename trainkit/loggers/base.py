@@ -13,7 +13,7 @@ The trainer's calls, in order:
     continue_run(directory, step)        only when a checkpoint of that directory is resumed
     check_writable()                     before the first step: what is needed is made, or the run ends here
     log_hyperparams, log_graph           once
-    log_metrics(metrics, step)           at every log point
+    log_metrics(metrics=, step=)         at every log point
     save()                               at the end of an epoch, and wherever what was logged shall be seen
     sync()                               before a checkpoint is published, which its rows must not fall behind
     after_save_checkpoint(callback)

@@ -49,6 +49,12 @@ class NoCheckpointError(CheckpointError, FileNotFoundError, ValueError):
     """Tell that there is no such checkpoint, whether a file or "best" and "last" name it."""
 
 
+class IncompleteCheckpointError(CheckpointError, KeyError):
+    """Tell what a checkpoint lacks that a run needs to go on from it."""
+
+    __str__ = Exception.__str__  # that of KeyError puts the message in quotes
+
+
 class SearchOver(Exception):
     """End a run from one of its hooks, with its teardown but without telling anybody of an error; then catch it."""
 

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from trainkit.checkpoint import lightning, store
-from trainkit.errors import CheckpointError, NoCheckpointError, warn
+from trainkit.errors import CheckpointError, IncompleteCheckpointError, NoCheckpointError, warn
 from trainkit.hparams import namespaces_of, plain_hparams
 from trainkit.loggers.base import runs_directory
 from trainkit.stages import TrainerFn
@@ -69,7 +69,7 @@ def restore_weights(trainer: Trainer, checkpoint: dict[str, Any], path: Path) ->
     module, datamodule = trainer.module, trainer.datamodule
     fitting = trainer.state.fn == TrainerFn.FITTING
     if fitting and "optimizer_states" not in checkpoint:
-        raise CheckpointError(
+        raise IncompleteCheckpointError(
             f"{path} has only weights (optimizer_states missing): a run can't be resumed from it. "
             f"Start a new run from its weights: {type(module).__name__}.load_from_checkpoint({str(path)!r})."
         )
@@ -91,7 +91,7 @@ def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> Non
         parts = {key: part for key, part in parts.items() if key in checkpoint}
     missing = [key for key in parts if key not in checkpoint]
     if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}: a run can't be resumed from it.")
+        raise IncompleteCheckpointError(f"{path} lacks {', '.join(missing)}: a run can't be resumed from it.")
     _check_optimizers(trainer.optimizers, checkpoint["optimizer_states"], path)
     for key, part in parts.items():
         try:

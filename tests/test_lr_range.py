@@ -73,6 +73,7 @@ def test_it_stops_when_the_loss_is_far_above_its_best(TinyModule: Any, TinyData:
     assert losses[-1] > 4 * min(losses) >= losses[-2]
 
 
+@pytest.mark.filterwarnings("ignore:a batch is skipped")
 def test_updates_without_a_loss_are_nan_and_are_not_looked_at(TinyModule: Any, TinyData: Any, trainer: Trainer) -> None:
     class SkipsSome(TinyModule):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Any:

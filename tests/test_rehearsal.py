@@ -233,6 +233,7 @@ def test_schedules_inside_can_be_stepped_by_hand_and_stay(TinyModule: Any, TinyD
     assert module.rates == [1.0, 1.0, 1.0, 0.5, 0.25]
 
 
+@pytest.mark.filterwarnings("ignore:a batch is skipped")
 def test_updates_that_give_no_loss_count_and_epochs_that_are_skipped_end_it(TinyModule: Any, TinyData: Any) -> None:
     from trainkit import loop
 

@@ -207,8 +207,14 @@ def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
         DuplicateStateError: two of them have one name for their state.
     """
     ordered = sorted(callbacks, key=lambda callback: callback.saves - callback.tunes)
-    keys = [callback.state_key for callback in ordered if overrides(callback, "state_dict", Callback)]
-    for key in {key for key in keys if keys.count(key) > 1}:
+    by_key: dict[str, list[Callback]] = {}
+    for callback in ordered:
+        if overrides(callback, "state_dict", Callback):
+            by_key.setdefault(callback.state_key, []).append(callback)
+    for key, several in by_key.items():
+        # only these are asked for their state: that of others may have to wait for their setup
+        if len(several) == 1 or sum(bool(callback.state_dict()) for callback in several) < 2:
+            continue
         raise DuplicateStateError(
             f"two callbacks keep their state under {key!r}: a checkpoint could hold only one of them. Give one of the "
             "classes a state_key property of its own."

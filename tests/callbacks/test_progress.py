@@ -271,7 +271,7 @@ def test_a_second_fit_repeats_neither_header_nor_summary(scenes: dict[str, Scene
 def test_a_validation_alone_shows_a_live_line_and_keeps_none(scenes: dict[str, Scene]) -> None:
     alone = [line for line in scenes["twice"].live if line.startswith("validate  ") and "/5" in line]
     assert alone
-    assert scenes["twice"].lines[-2:] == ["validate", "val_loss          0.75"]
+    assert scenes["twice"].lines[-2:] == ["Validate metric   DataLoader 0", "val_loss                  0.75"]
 
 
 def test_an_active_live_of_the_user_gets_plain_lines(scenes: dict[str, Scene]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from trainkit import Callback, Trainer, seed_everything
+from trainkit.errors import MisconfigurationException
 from trainkit.status import results_table
 
 BARE = {
@@ -119,3 +121,8 @@ def test_results_are_a_table_with_a_column_for_each_loader() -> None:
         ["Test", "metric", "DataLoader", "0", "DataLoader", "1"],
         ["a", "1.5", "2.5"],
     ]
+
+
+def test_the_number_of_updates_is_known_from_fit_on() -> None:
+    with pytest.raises(MisconfigurationException, match="it is known from fit on"):
+        _ = Trainer(accelerator="cpu", logger=False).estimated_stepping_batches

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from trainkit.errors import MisconfigurationException
 from trainkit.loggers.base import FileLogger, run_directory
 from trainkit.loops import EvaluationLoop, FitLoop, PredictionLoop
 from trainkit.stages import RunningStage, TrainerFn, TrainerStatus
@@ -115,6 +116,11 @@ class Status:
     def estimated_stepping_batches(self) -> int | float:
         """How many optimizer updates the whole run has, for schedules that need to know; infinity without a limit."""
         if "train" not in self.sources.loaders:
+            if self.model is None:
+                raise MisconfigurationException(
+                    "estimated_stepping_batches depends on the training data, so it is known from fit on: ask for it in "
+                    "configure_optimizers, for example."
+                )
             self.sources.load_train()
         batches = self.num_training_batches
         if self.max_epochs is None or self.max_epochs == -1 or batches == math.inf:

@@ -124,5 +124,5 @@ def test_results_are_a_table_with_a_column_for_each_loader() -> None:
 
 
 def test_the_number_of_updates_is_known_from_fit_on() -> None:
-    with pytest.raises(MisconfigurationException, match="it is known from fit on"):
+    with pytest.raises(MisconfigurationException, match="known from fit on"):
         _ = Trainer(accelerator="cpu", logger=False).estimated_stepping_batches

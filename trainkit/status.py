@@ -118,8 +118,8 @@ class Status:
         if "train" not in self.sources.loaders:
             if self.model is None:
                 raise MisconfigurationException(
-                    "estimated_stepping_batches depends on the training data, so it is known from fit on: ask for it in "
-                    "configure_optimizers, for example."
+                    "estimated_stepping_batches depends on the training data: it is known from fit on, for example in "
+                    "configure_optimizers."
                 )
             self.sources.load_train()
         batches = self.num_training_batches

@@ -122,8 +122,9 @@ class BaseFinetuning(Callback):
             initial_denom_lr: the divisor.
             train_bn: add batch norm's parameters, too.
         """
+        norms = [part for part in BaseFinetuning.flatten_modules(modules) if isinstance(part, _BatchNorm)]
         learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        learning &= {id(p) for p in BaseFinetuning.filter_params(modules)}  # batch norm that was never frozen
+        learning &= {id(p) for p in BaseFinetuning.filter_params(norms)}  # batch norm that was never frozen
         BaseFinetuning.make_trainable(modules)
         rate = optimizer.param_groups[0]["lr"] / initial_denom_lr if lr is None else float(lr)
         unfrozen = (p for p in BaseFinetuning.filter_params(modules, train_bn=train_bn) if id(p) not in learning)

@@ -8,6 +8,7 @@ ValueError
 RuntimeError
   CheckpointError               a checkpoint that is damaged, or does not fit
     NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
+    OnlyWeightsError            it has weights, and nothing to resume a run from; also a KeyError
 Exception
   SearchOver                    no error: a run that was only made to search for something is over
 """
@@ -47,6 +48,12 @@ class CheckpointError(RuntimeError):
 
 class NoCheckpointError(CheckpointError, FileNotFoundError, ValueError):
     """Tell that there is no such checkpoint, whether a file or "best" and "last" name it."""
+
+
+class OnlyWeightsError(CheckpointError, KeyError):
+    """Tell that a run can't be resumed from a checkpoint, because it has only weights."""
+
+    __str__ = Exception.__str__  # KeyError's would put the text in quotes
 
 
 class SearchOver(Exception):

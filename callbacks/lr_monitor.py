@@ -103,7 +103,7 @@ class LearningRateMonitor(Callback):
             trainer.metrics.publish(values)
             for logger in trainer.loggers:
                 # the update these rates are about to make: the step its loss will be logged at
-                logger.log_metrics(values, trainer.global_step)
+                logger.log_metrics(metrics=values, step=trainer.global_step)
 
     def _follow(self, name: str) -> None:
         """Keep the rates of a group that was alone until now, and so had no number."""

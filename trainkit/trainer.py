@@ -471,7 +471,7 @@ class Trainer(Status):
                 row.setdefault("epoch", self.current_epoch)
             step = self.log_step if x is None else int(x)
         for logger in self.loggers:
-            logger.log_metrics(row, step)
+            logger.log_metrics(metrics=row, step=step)
             logger.save()
 
     def print(self, *args: Any, **kwargs: Any) -> None:

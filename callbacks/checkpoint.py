@@ -49,7 +49,7 @@ class ModelCheckpoint(Checkpoint):
         filename: a template such as "{epoch}-{val_loss:.2f}". Every metric, "epoch" and "step" can be in it; a metric
             that is not there becomes 0. A "/" makes directories. None: "{epoch}-{step}". A file that is there already
             is not overwritten: the new one ends in "-v1".
-        monitor: the metric that says which are best; None keeps the newest.
+        monitor: the metric that says which are best, or "epoch" or "step"; None keeps the newest.
         verbose: print what is saved.
         save_last: True: also keep what was saved last as `last.ckpt`, best or not. It is a second name of the same
             file where that file is kept (a hard link), and needs no second write. "link": a symbolic link there.
@@ -111,7 +111,7 @@ class ModelCheckpoint(Checkpoint):
         enable_version_counter: bool = True,
     ) -> None:
         check_mode("ModelCheckpoint", mode)
-        self._watch = None if monitor is None else Watch("ModelCheckpoint", monitor, mode)
+        self._watch = None if monitor is None else Watch("ModelCheckpoint", monitor, mode, counters=True)
         self.monitor, self.mode = monitor, mode
         self.verbose = verbose
         if save_last not in (None, True, False, "link"):
@@ -153,9 +153,6 @@ class ModelCheckpoint(Checkpoint):
         self.train_time_interval: timedelta | None = None
         if train_time_interval is not None:
             self.train_time_interval = parse_duration(train_time_interval, "ModelCheckpoint(train_time_interval=...)")
-        self._keep = policy.keep_best(save_top_k, mode) if monitor is not None else policy.keep_last(save_top_k)
-        if save_top_k == -1:
-            self._keep = policy.keep_all
         self._resumed_from: str | None = None
         self._forget()
         self._end_run()
@@ -404,7 +401,7 @@ class ModelCheckpoint(Checkpoint):
         others = self._claimed_by_others(decision.trainer)
         if decision.ranked:
             value = None if decision.score is None else float(decision.score)
-            plan = policy.plan(self._saved(), Saved("", value), self._keep)
+            plan = policy.plan(self._saved(), Saved("", value), self._policy())
             if plan.write:
                 going = {saved.path for saved in plan.remove}
                 outcome.path = path = self._free_path(decision, self.filename, others, going)
@@ -427,7 +424,14 @@ class ModelCheckpoint(Checkpoint):
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether a checkpoint with this metric would be kept among the best; None is no metric."""
-        return current is not None and policy.plan(self._saved(), Saved("", float(current)), self._keep).write
+        return current is not None and policy.plan(self._saved(), Saved("", float(current)), self._policy()).write
+
+    def _policy(self) -> policy.Keep:
+        if self.save_top_k == -1:
+            return policy.keep_all
+        return (
+            policy.keep_last(self.save_top_k) if self.monitor is None else policy.keep_best(self.save_top_k, self.mode)
+        )
 
     def _saved(self) -> tuple[Saved, ...]:
         if self.monitor is None:

@@ -95,7 +95,7 @@ class DeviceStatsMonitor(Callback):
         stats = self._stats(trainer) if trainer.loggers else {}
         for logger in trainer.loggers if stats else ():
             prefix = f"{type(self).__qualname__}.{hook}{logger.group_separator}"
-            logger.log_metrics({f"{prefix}{name}": value for name, value in stats.items()}, step)
+            logger.log_metrics(metrics={f"{prefix}{name}": value for name, value in stats.items()}, step=step)
 
     def _stats(self, trainer: Trainer) -> dict[str, Any]:
         on_cpu = trainer.device.type == "cpu"

@@ -122,8 +122,8 @@ class BaseFinetuning(Callback):
             initial_denom_lr: the divisor.
             train_bn: add batch norm's parameters, too.
         """
-        learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         norms = [part for part in BaseFinetuning.flatten_modules(modules) if isinstance(part, _BatchNorm)]
+        learning = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         learning &= {id(p) for p in BaseFinetuning.filter_params(norms)}  # batch norm that was never frozen
         BaseFinetuning.make_trainable(modules)
         rate = optimizer.param_groups[0]["lr"] / initial_denom_lr if lr is None else float(lr)

@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainkit import Callback
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, warn
 
 if TYPE_CHECKING:
     from trainkit import Module, Trainer
+
+
+MOMENTUM = {"momentum", "betas"}
+"""Where optimizers have it."""
 
 
 class LearningRateMonitor(Callback):
@@ -61,6 +65,14 @@ class LearningRateMonitor(Callback):
         self.last_momentum_values = dict.fromkeys(f"{name}-momentum" for name in self.lrs)
         self.last_weight_decay_values = dict.fromkeys(f"{name}-weight_decay" for name in self.lrs)
         self._logged_step = -1
+        without = {
+            type(o).__name__ for o in trainer.optimizers if not any(MOMENTUM & group.keys() for group in o.param_groups)
+        }
+        if self.log_momentum and without:
+            warn(
+                f"LearningRateMonitor(log_momentum=True): {', '.join(sorted(without))} has no momentum; 0 is logged.",
+                RuntimeWarning,
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Module, batch: Any, batch_idx: int) -> None:
         step, every = trainer.global_step, trainer.log_every_n_steps
@@ -91,7 +103,7 @@ class LearningRateMonitor(Callback):
             trainer.metrics.publish(values)
             for logger in trainer.loggers:
                 # the update these rates are about to make: the step its loss will be logged at
-                logger.log_metrics(values, trainer.global_step)
+                logger.log_metrics(metrics=values, step=trainer.global_step)
 
     def _follow(self, name: str) -> None:
         """Keep the rates of a group that was alone until now, and so had no number."""

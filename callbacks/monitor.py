@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from trainkit.errors import MisconfigurationException, nearest, warn
@@ -17,38 +19,54 @@ if TYPE_CHECKING:
 
 Event = Literal["batch", "validation", "epoch"]
 
+COUNTERS = ("epoch", "step")
 
+
+@dataclass
 class Watch:
     """One metric of a run, and whether the value there is news.
 
     A metric of the validation is new once after each validation that logged it, one of training with on_step=True at
-    any time, one with on_epoch=True at the end of the epoch. Anything else in `trainer.callback_metrics` is left from
-    earlier, and says nothing about the weights of now.
+    any time, one with on_epoch=True at the end of the epoch, and what a callback put into `trainer.callback_metrics`
+    past `log` at any time. Anything else there is left from earlier, and says nothing about the weights of now.
 
     Args:
         owner: the callback's name, for messages.
         monitor: the metric's name.
         mode: "min" when smaller is better, "max" when larger is.
+        counters: "epoch" and "step" can be watched as well: the run's own count, where nothing of this name is logged.
 
     Raises:
         MisconfigurationException: the mode is neither, or the name is not one.
     """
 
-    def __init__(self, owner: str, monitor: str, mode: str) -> None:
-        if not isinstance(monitor, str) or not monitor:
-            raise MisconfigurationException(f"{owner}(monitor=...) must be a metric's name. Received: {monitor!r}.")
-        check_mode(owner, mode)
-        self.owner, self.monitor, self.mode = owner, monitor, mode
+    owner: str
+    monitor: str
+    mode: str
+    counters: bool = False
+
+    validated: bool = field(init=False)
+    fresh: bool = field(init=False)
+    """Whether a validation has logged it since it was read; a part of the owner's state."""
+    _last_validation: Table | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.monitor, str) or not self.monitor:
+            raise MisconfigurationException(
+                f"{self.owner}(monitor=...) must be a metric's name. Received: {self.monitor!r}."
+            )
+        check_mode(self.owner, self.mode)
         self.begin()
 
     def begin(self) -> None:
         """Begin a run: nothing has been validated yet."""
-        self.validated = False
-        self.fresh = False  # a validation has logged it since it was read; a part of the owner's state
-        self._last_validation: Table | None = None
+        self.validated = self.fresh = False
+        self._last_validation = None
 
     def doubt(self, trainer: Trainer) -> None:
         """Warn before the first step if the name looks misspelt: the sanity check logged one that is very close."""
+        if self._counts(trainer):
+            return
         known = trainer.callback_metrics
         close = difflib.get_close_matches(self.monitor, known, n=1, cutoff=0.8)
         if close and self.monitor not in known:
@@ -70,17 +88,24 @@ class Watch:
             (self.fresh and event != "batch")
             or self.monitor in names(training, "step")
             or (event == "epoch" and self.monitor in names(training, "epoch"))
+            or self.monitor in trainer.metrics.published
+            or self._counts(trainer)
         )
 
     def read(self, trainer: Trainer) -> Tensor:
         """Return the value, on the host; from here it is not new any more."""
         self.fresh = False
+        if self._counts(trainer):
+            return torch.tensor(trainer.current_epoch if self.monitor == "epoch" else trainer.global_step)
         return trainer.callback_metrics[self.monitor].detach().cpu()
 
     def may_come(self, trainer: Trainer) -> bool:
         """Whether the metric can still appear by itself: there is a value, or validation has not run yet."""
         waiting = trainer.enable_validation and not self.validated
         return waiting or self.monitor in trainer.callback_metrics
+
+    def _counts(self, trainer: Trainer) -> bool:
+        return self.counters and self.monitor in COUNTERS and self.monitor not in trainer.callback_metrics
 
     def missing(self, trainer: Trainer, event: Event) -> str:
         """Say why there is no value, and what there is."""

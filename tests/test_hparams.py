@@ -422,3 +422,24 @@ def test_arguments_are_kept_in_their_order_and_those_of_kwargs_last() -> None:
             self.save_hyperparameters()
 
     assert list(Takes(1, c=3, b=4).hparams) == ["a", "b", "c"]
+
+
+class Weighing(Plain):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize("key", ["module_arguments", "hparams"])
+def test_what_early_files_of_lightning_call_the_hyperparameters_is_understood(key: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": {"weight": torch.zeros(1)}, key: {"width": 5, "depth": 7}}, tmp_path / "x.ckpt")
+    loaded = Weighing.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert (loaded.hparams.width, loaded.hparams.depth) == (5, 7)
+
+
+def test_classes_say_where_in_a_checkpoint_their_hyperparameters_are(tmp_path: Path) -> None:
+    assert (Module.CHECKPOINT_HYPER_PARAMS_KEY, Module.CHECKPOINT_HYPER_PARAMS_NAME) == (
+        "hyper_parameters",
+        "hparams_name",
+    )
+    assert DataModule.CHECKPOINT_HYPER_PARAMS_KEY == "datamodule_hyper_parameters"

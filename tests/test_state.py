@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from trainkit import Callback, Module, Trainer, seed_everything
-from trainkit.errors import CheckpointError
+from trainkit.errors import CheckpointError, MisconfigurationException
 
 
 class Net(Module):
@@ -162,8 +162,21 @@ def test_a_checkpoint_with_weights_only_says_how_to_use_it(tmp_path: Path) -> No
     trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
     with pytest.raises(KeyError, match=r"^\S+ has only weights.*Net.load_from_checkpoint"):
         trainer.fit(Net(), *loaders(), ckpt_path=tmp_path / "x.ckpt")
+    with pytest.raises(KeyError, match=r"^[^'].* has only weights"):  # as in Lightning; without the quotes of a key
+        trainer.fit(Net(), *loaders(), ckpt_path=tmp_path / "x.ckpt")
     loaded = Net.load_from_checkpoint(tmp_path / "x.ckpt")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), module.parameters(), strict=True))
+
+
+def test_a_checkpoint_with_more_epochs_than_the_trainer_allows_is_refused(tmp_path: Path) -> None:
+    trainer, _ = fit(Record(), limit_train_batches=1)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    trainer.max_epochs = 2
+    with pytest.raises(MisconfigurationException, match=r"written after 3 epochs.*max_epochs=2.*above 3"):
+        trainer.fit(Net(), *loaders(), ckpt_path=tmp_path / "x.ckpt")
+    trainer.max_epochs = 3
+    trainer.fit(Net(), *loaders(), ckpt_path=tmp_path / "x.ckpt")
+    assert trainer.current_epoch == 3
 
 
 def test_other_optimizers_than_the_checkpoints_are_refused(tmp_path: Path) -> None:

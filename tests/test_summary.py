@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainkit import Module, Trainer
-from trainkit.summary import LayerSummary, ModelSummary, get_human_readable_count, summarize
+from trainkit.summary import LayerSummary, ModelSummary, get_human_readable_count, sizes_of, summarize
 
 
 class Net(Module):
@@ -218,3 +218,10 @@ def test_one_layer_notes_its_first_call_only() -> None:
 )  # fmt: skip
 def test_numbers_are_short(number: int, text: str) -> None:
     assert get_human_readable_count(number) == text
+
+
+def test_what_has_no_size_has_an_unknown_one() -> None:
+    assert [sizes_of(value) for value in ([], (), torch.tensor(0), {}, [torch.ones(2), []])] == [
+        *(["?"] * 4),
+        [[2], "?"],
+    ]

@@ -650,3 +650,25 @@ def test_a_module_without_optimizers_is_told_what_to_write(TinyModule: Any, Tiny
     module.configure_optimizers = None
     with pytest.raises(MisconfigurationException, match="configure_optimizers"):
         Trainer(**BARE, max_epochs=1).fit(module, TinyData())
+
+
+def test_a_logger_need_not_be_derived_from_logger_if_it_can_do_what_one_can(
+    tmp_path: Path, TinyModule: Any, TinyData: Any
+) -> None:
+    class Proxy:
+        def __init__(self) -> None:
+            self.logger = CSVLogger(tmp_path)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.logger, name)
+
+    class Deaf:
+        def log_metrics(self, metrics: Any, step: Any = None) -> None: ...
+
+    trainer = Trainer(**QUIET, max_epochs=1, logger=Proxy(), log_every_n_steps=1)  # type: ignore[arg-type]
+    trainer.fit(TinyModule(), datamodule=TinyData())
+    assert list(tmp_path.rglob("metrics.csv"))
+    with pytest.raises(TypeError, match="It has no log_hyperparams, log_graph"):
+        Trainer(**QUIET, logger=Deaf())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="forget the brackets"):
+        Trainer(**QUIET, logger=CSVLogger)  # type: ignore[arg-type]

@@ -125,9 +125,13 @@ def loggers_of(given: Any, root: str, trial: bool) -> list[Logger]:
     else:
         loggers = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, Logger)) else [given]
     for logger in loggers:
-        if not isinstance(logger, Logger):
-            hint = " Did you forget the brackets?" if isinstance(logger, type) else ""
-            raise TypeError(f"logger must be True, False, or Logger objects. Received: {logger!r}.{hint}")
+        if isinstance(logger, Logger):
+            continue
+        methods = [name for name, value in vars(Logger).items() if callable(value) and not name.startswith("_")]
+        lacking = [name for name in methods if not hasattr(logger, name)]
+        if isinstance(logger, type) or lacking:
+            hint = "Did you forget the brackets?" if isinstance(logger, type) else f"It has no {', '.join(lacking)}."
+            raise TypeError(f"logger must be True, False, or Logger objects. Received: {logger!r}. {hint}")
     return [DummyLogger()] if trial and loggers else loggers
 
 

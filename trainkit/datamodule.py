@@ -6,7 +6,7 @@ import inspect
 import os
 from functools import partial
 from os import PathLike
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
 
 from trainkit.data_hooks import DataHooks
 from trainkit.hparams import HyperParameters, class_only
@@ -37,6 +37,10 @@ class DataModule(DataHooks, HyperParameters):
 
     name: str | None = None
     """What the data are called, for whoever wants to know."""
+
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "datamodule_hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "datamodule_hparams_name"
+    """Where in a checkpoint the hyperparameters are, and the name of the argument that takes them all."""
 
     trainer: Trainer | None = None
     """The trainer of the run, while there is one."""

@@ -8,6 +8,7 @@ ValueError
 RuntimeError
   CheckpointError               a checkpoint that is damaged, or does not fit
     NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
+    IncompleteCheckpointError   it has weights, and nothing to resume a run from; also a KeyError
 Exception
   SearchOver                    no error: a run that was only made to search for something is over
 """

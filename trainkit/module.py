@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,10 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
 
     device_mesh: Any = None
     """The device mesh of a strategy that has one, None otherwise."""
+
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "hparams_name"
+    """Where in a checkpoint the hyperparameters are, and the name of the argument that takes them all."""
 
     strict_loading: bool = True
     """Whether a checkpoint must have exactly this module's parameters and buffers."""

@@ -283,10 +283,10 @@ def count(module: nn.Module, trainable_only: bool = False) -> int:
 
 
 def sizes_of(value: Any) -> Any:
-    """Return the size of a tensor as a list, of a list or tuple one for each; "?" for anything else."""
+    """Return the size of a tensor as a list, of a list or tuple one for each; "?" for anything else and for nothing."""
     if hasattr(value, "shape"):
-        return list(value.shape)
-    return [sizes_of(each) for each in value] if isinstance(value, (list, tuple)) else UNKNOWN
+        return list(value.shape) or UNKNOWN
+    return [sizes_of(each) for each in value] or UNKNOWN if isinstance(value, (list, tuple)) else UNKNOWN
 
 
 def check_depth(max_depth: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -852,3 +853,42 @@ def test_a_run_killed_again_and_again_keeps_the_same_best_as_the_one_that_was_no
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=110)
     assert run.returncode == 0, run.stderr[-3000:]
     assert int(run.stdout.split()[-1]) >= min(trials, epochs // 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "best"),
+    [
+        ({"monitor": "epoch", "mode": "max", "filename": "{epoch}"}, ["epoch=1.ckpt", "epoch=2.ckpt"], 2),
+        ({"monitor": "epoch", "mode": "min", "filename": "{epoch}"}, ["epoch=0.ckpt", "epoch=1.ckpt"], 0),
+        (
+            {"monitor": "step", "mode": "max", "every_n_train_steps": 3},
+            ["epoch=2-step=12.ckpt", "epoch=2-step=9.ckpt"],
+            12,
+        ),
+    ],
+)
+def test_the_counters_of_the_run_can_be_monitored(settings: Any, files: list[str], best: int) -> None:
+    checkpoint = ModelCheckpoint(save_top_k=2, **settings)
+    fit(Scripted(), checkpoint, max_epochs=3)
+    assert saved() == files
+    assert checkpoint.best_model_score == best
+
+
+def test_a_metric_that_is_called_like_a_counter_comes_first() -> None:
+    checkpoint = ModelCheckpoint(monitor="epoch", mode="max", filename="{step}")
+    fit(Scripted([3.0, 5.0, 4.0], name="epoch"), checkpoint, max_epochs=3)
+    assert checkpoint.best_model_score == 5.0
+    assert saved() == ["step=8.ckpt"]
+
+
+def test_how_many_are_kept_may_be_changed_before_the_run() -> None:
+    checkpoint = ModelCheckpoint()
+    checkpoint.save_top_k = -1
+    fit(Scripted(), checkpoint, max_epochs=2)
+    assert len(saved()) == 2
+
+
+@pytest.mark.parametrize("make", [ModelCheckpoint, lambda: ModelCheckpoint(monitor="x"), lambda: EarlyStopping("x")])
+def test_a_pickled_callback_is_like_the_first(make: Callable[[], Callback]) -> None:
+    callback = make()
+    assert vars(pickle.loads(pickle.dumps(callback))) == vars(callback)

@@ -236,3 +236,25 @@ def test_a_second_run_with_the_same_object_counts_from_the_beginning() -> None:
 def test_two_of_them_keep_their_states_apart() -> None:
     assert EarlyStopping("a").state_key == "EarlyStopping{'monitor': 'a', 'mode': 'min'}"
     assert EarlyStopping("a").state_key != EarlyStopping("a", mode="max").state_key
+
+
+class Count(Callback):
+    """Put a value among the callback metrics that nobody logs."""
+
+    def on_train_epoch_start(self, trainer: Trainer, module: Module) -> None:
+        trainer.callback_metrics["count"] = torch.tensor(float(trainer.current_epoch))
+
+
+def test_what_a_callback_puts_among_the_metrics_is_watched_and_is_still_news_after_a_resume() -> None:
+    def trainer(epochs: int) -> Trainer:
+        watching = [Count(), EarlyStopping("count", patience=3, check_on_train_epoch_end=True), ModelCheckpoint()]
+        quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        return Trainer(callbacks=watching, max_epochs=epochs, **quiet)
+
+    whole, first, second = trainer(9), trainer(2), trainer(9)
+    data: Any = DataLoader(torch.ones(2, 2))  # type: ignore[arg-type]
+    whole.fit(Scripted(), data)
+    assert whole.current_epoch == 4
+    first.fit(Scripted(), data)
+    second.fit(Scripted(), data, ckpt_path=first.checkpoint_callback.best_model_path)
+    assert second.current_epoch == 4

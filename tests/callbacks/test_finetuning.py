@@ -303,3 +303,11 @@ def test_a_module_without_a_backbone_is_an_error_before_the_first_step() -> None
     module.backbone = None  # type: ignore[assignment]
     with pytest.raises(MisconfigurationException, match=r"module\.backbone"):
         fit(BackboneFinetuning(), module=module)
+
+
+def test_parameters_that_were_never_frozen_are_left_out_with_a_warning() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(net[0].parameters(), lr=1.0)
+    with pytest.warns(UserWarning, match="2 of the parameters to be added are in SGD already"):
+        BaseFinetuning.unfreeze_and_add_param_group(net, optimizer)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]

@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, StepLR
 
 from trainkit import Module, Trainer
-from trainkit.callbacks import BaseFinetuning, LearningRateMonitor
+from trainkit.callbacks import BaseFinetuning, EarlyStopping, LearningRateMonitor
 from trainkit.errors import MisconfigurationException
 from trainkit.loggers import CSVLogger
 
@@ -167,7 +167,8 @@ def test_a_group_whose_name_is_anothers_number_is_an_error() -> None:
 
 def test_an_optimizer_without_momentum_has_none() -> None:
     monitor = LearningRateMonitor("epoch", log_momentum=True)
-    fit(monitor, lambda module: torch.optim.Adagrad(module.parameters(), 0.1))
+    with pytest.warns(RuntimeWarning, match="Adagrad has no momentum; 0 is logged"):
+        fit(monitor, lambda module: torch.optim.Adagrad(module.parameters(), 0.1))
     assert monitor.last_momentum_values == {"lr-Adagrad-momentum": 0.0}
 
 
@@ -226,3 +227,11 @@ def test_fast_dev_run_which_has_no_logger_is_no_error(TinyModule: Any, TinyData:
     )
     trainer.fit(TinyModule(), datamodule=TinyData())
     assert trainer.global_step == 1
+
+
+def test_early_stopping_can_watch_a_rate() -> None:
+    monitor = LearningRateMonitor("epoch")
+    stopping = EarlyStopping("lr-Adam", stopping_threshold=0.02, check_on_train_epoch_end=True)
+    trainer = fit(monitor, adam_with("epoch"), before=[stopping], max_epochs=9)
+    assert trainer.current_epoch == 4
+    assert monitor.lrs["lr-Adam"] == [0.1, 0.05, 0.025, 0.0125]

@@ -18,8 +18,9 @@ import pytest
 import torch
 import yaml
 
+from trainkit import Trainer
 from trainkit.errors import MisconfigurationException
-from trainkit.loggers import CSVLogger, FileLogger, JSONLinesLogger, Logger, TensorBoardLogger
+from trainkit.loggers import CSVLogger, DummyLogger, FileLogger, JSONLinesLogger, Logger, TensorBoardLogger
 
 FILE_LOGGERS = [CSVLogger, JSONLinesLogger, TensorBoardLogger]
 
@@ -321,3 +322,41 @@ def environment() -> dict[str, str]:
     import trainkit
 
     return os.environ | {"PYTHONPATH": str(Path(trainkit.__file__).parents[1])}
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, JSONLinesLogger, TensorBoardLogger])
+def test_a_subclass_may_have_a_name_and_a_version_of_its_own(kind: Any, tmp_path: Path) -> None:
+    class Mine(kind):  # type: ignore[misc]
+        name = "mine"
+        version = "first"
+
+    logger = Mine(tmp_path)
+    assert (logger.root_dir, logger.log_dir) == (str(tmp_path / "mine"), str(tmp_path / "mine" / "first"))
+
+
+def test_a_dummy_logger_takes_anything() -> None:
+    logger = DummyLogger()
+    logger.log_metrics("1", 2, three=3)
+    logger.log_hyperparams("1", 2, three=3)
+    assert logger.log_text("a", step=1) is None  # type: ignore[func-returns-value]
+    logger.experiment["key"] = 1
+    assert logger.experiment["key"] != 1
+
+
+def test_a_value_that_is_no_number_is_a_type_error_and_a_value_error(tmp_path: Path) -> None:
+    for kind in (TypeError, ValueError):
+        with pytest.raises(kind, match="a logger takes a number"):
+            CSVLogger(tmp_path).log_metrics({"x": [1, 2]})
+
+
+def test_loggers_are_called_by_the_names_of_the_arguments(tmp_path: Path) -> None:
+    class Named(Logger):
+        seen: list[int | None] = []  # noqa: RUF012
+
+        def log_metrics(self, *, metrics: Any, step: int | None = None) -> None:
+            self.seen.append(step)
+
+    trainer = Trainer(accelerator="cpu", logger=Named(), max_epochs=1, log_every_n_steps=1, enable_progress_bar=False)
+    trainer.loggers[0].log_metrics(metrics={}, step=7)
+    trainer.log_metrics({"x": 1.0}, step=9)
+    assert Named.seen == [7, 9]

@@ -16,6 +16,7 @@ import yaml
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from trainkit import Module
 from trainkit.errors import MisconfigurationException
 from trainkit.loggers import TensorBoardLogger
 
@@ -316,3 +317,23 @@ def test_a_directory_that_is_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").rename(tmp_path / "version_0")
     logger.finalize("success")
     assert read(logger.log_dir) == {"loss": [(0, 1.0), (1, 1.0)]}
+
+
+def test_the_graph_of_a_module_without_a_run_is_recorded(tmp_path: Path) -> None:
+    class Line(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line, self.example_input_array = nn.Linear(2, 1), torch.ones(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.line(x)  # type: ignore[no-any-return]
+
+    logger, line = TensorBoardLogger(tmp_path, log_graph=True), Line()
+    logger.log_graph(line)
+    logger.save()
+    assert accumulator(logger.log_dir).Tags()["graph"]
+    with pytest.raises(RuntimeError, match="not attached"):
+        _ = line.trainer
+    line.example_input_array = {"x": torch.ones(3, 2)}
+    with pytest.warns(UserWarning, match="by position only.*It is a dict"):
+        logger.log_graph(line)

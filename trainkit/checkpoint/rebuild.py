@@ -103,6 +103,8 @@ def _saved_hparams(
     if hparams_file is not None:
         return load_hparams(hparams_file)
     saved = checkpoint.get(f"{prefix}hyper_parameters") or {}
+    if not saved and not prefix:  # as Lightning before 1.0 called them
+        saved = checkpoint.get("module_arguments") or checkpoint.get("hparams") or {}
     saved = dict(vars(saved) if isinstance(saved, Namespace) else saved)
     for name in checkpoint.get("hparams_namespaces", ()) if not prefix else ():
         if isinstance(saved.get(name), dict):

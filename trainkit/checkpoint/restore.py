@@ -13,7 +13,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from trainkit.checkpoint import lightning, store
-from trainkit.errors import CheckpointError, IncompleteCheckpointError, NoCheckpointError, warn
+from trainkit.errors import (
+    CheckpointError,
+    IncompleteCheckpointError,
+    MisconfigurationException,
+    NoCheckpointError,
+    warn,
+)
 from trainkit.hparams import namespaces_of, plain_hparams
 from trainkit.loggers.base import runs_directory
 from trainkit.stages import TrainerFn
@@ -47,16 +53,16 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         for key, part in resume_state(trainer).items():
             checkpoint[key] = part.state_dict()
     if module.hparams:
-        checkpoint["hparams_name"] = module.hparams_name
-        checkpoint["hyper_parameters"] = plain_hparams(module.hparams)
+        checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = module.hparams_name
+        checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = plain_hparams(module.hparams)
         if namespaces := namespaces_of(module.hparams):
             checkpoint["hparams_namespaces"] = namespaces
     if datamodule is not None:
         if state := datamodule.state_dict():
             checkpoint[type(datamodule).__qualname__] = state
         if datamodule.hparams:
-            checkpoint["datamodule_hparams_name"] = datamodule.hparams_name
-            checkpoint["datamodule_hyper_parameters"] = plain_hparams(datamodule.hparams)
+            checkpoint[datamodule.CHECKPOINT_HYPER_PARAMS_NAME] = datamodule.hparams_name
+            checkpoint[datamodule.CHECKPOINT_HYPER_PARAMS_KEY] = plain_hparams(datamodule.hparams)
     trainer.hooks.on_save_checkpoint(checkpoint)
     return checkpoint
 
@@ -100,6 +106,12 @@ def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> Non
             raise CheckpointError(f"{path} does not fit this run: {error}") from None
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path} does not fit this run: its {key}: {error}.") from error
+    done, limit = trainer.progress.epoch, trainer.max_epochs
+    if limit is not None and 0 <= limit < done:
+        raise MisconfigurationException(
+            f"{path} was written after {done} epochs, more than Trainer(max_epochs={limit}) allows: epochs are "
+            f"counted from the beginning of the run. To go on training, set max_epochs above {done}."
+        )
 
 
 def _check_optimizers(optimizers: list[Optimizer], saved: list[dict[str, Any]], path: Path) -> None:

@@ -96,7 +96,9 @@ MODULES: dict[str, str | dict[str, str]] = {
     "pytorch.demos.boring_classes": "trainkit.lightning.demos",
     "pytorch.loggers": {"trainkit.loggers": "*"},
     "pytorch.loggers.csv_logs": "trainkit.loggers.csv",
-    "pytorch.loggers.logger": "trainkit.loggers.base",
+    "pytorch.loggers.logger": {
+        "trainkit.loggers.base": "DummyExperiment=Silence DummyLogger Logger rank_zero_experiment"
+    },
     "pytorch.loggers.mlflow": "trainkit.loggers.mlflow",
     "pytorch.loggers.tensorboard": "trainkit.loggers.tensorboard",
     "pytorch.loggers.wandb": "trainkit.loggers.wandb",

@@ -36,7 +36,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TypeVar
 
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, WrongTypeException
 from trainkit.rank_zero import current_rank, rank_zero_only
 
 T = TypeVar("T")
@@ -140,6 +140,12 @@ class DummyLogger(Logger):
     def version(self) -> str:
         """Which run this is: none."""
         return ""
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
 
     def __getitem__(self, index: int) -> DummyLogger:
         return self
@@ -268,7 +274,7 @@ class FileLogger(Logger):
     @property
     def root_dir(self) -> str:
         """The directory under which all versions of this experiment lie."""
-        return str(Path(os.path.expandvars(os.path.expanduser(self._save_dir)), self._name))
+        return str(Path(os.path.expandvars(os.path.expanduser(self._save_dir)), self.name or ""))
 
     @property
     def log_dir(self) -> str:
@@ -405,7 +411,7 @@ def number(name: str, value: Any) -> float:
         return int(value)  # a bool, too
     if isinstance(value, float):
         return float(value)
-    raise TypeError(
+    raise WrongTypeException(
         f"The metric {name!r} is {value!r:.80} ({type(value).__name__}); "
         "a logger takes a number or a tensor of one element."
     )

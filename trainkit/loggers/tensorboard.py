@@ -9,7 +9,7 @@ import threading
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -202,13 +202,23 @@ class TensorBoardLogger(FileLogger):
             return
         import torch
 
+        from trainkit.export import without_run
         from trainkit.tree import map_tensors
 
+        if not isinstance(input_array, (torch.Tensor, tuple, list)):
+            warnings.warn(
+                "log_graph=True, but a graph is traced with tensors by position only. Make self.example_input_array a "
+                f"tensor or a tuple of them. It is a {type(input_array).__name__}.",
+                stacklevel=2,
+            )
+            return
         tensor = next(chain(module.parameters(), module.buffers()), None)
         device = torch.device("cpu") if tensor is None else tensor.device
         modes = [(part, part.training) for part in module.modules()]
         try:
             with (
+                # the tracer asks for every attribute, and a module that is in no run has no trainer
+                nullcontext() if vars(module).get("_trainer") is not None else without_run(module),
                 torch.no_grad(),
                 torch.random.fork_rng([device] if device.type == "cuda" else []),
                 warnings.catch_warnings(),

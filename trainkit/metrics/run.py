@@ -89,6 +89,7 @@ class Metrics:
         self.batch: Any = None
         # Values that stay until they are replaced: what tables showed last.
         self.seen: dict[str, Tensor] = {}
+        self._logged: set[str] = set()  # the names in it that came from `log`
         self.seen_by_loggers: dict[str, Tensor] = {}
         self.seen_on_bar: dict[str, Any] = {}
         self._evaluated: dict[int, int] = {}  # batches of each loader, in all evaluations of the run
@@ -180,6 +181,13 @@ class Metrics:
     def publish(self, values: dict[str, Any]) -> None:
         """Put values among the callback metrics, where they stay until they are replaced."""
         self.seen.update({name: as_tensor(value) for name, value in values.items()})
+        self._logged -= values.keys()
+
+    @property
+    def published(self) -> set[str]:
+        """The callback metrics that somebody put there past `log`."""
+        self._keep()
+        return self.seen.keys() - self._logged
 
     def note_row(self, values: dict[str, Any]) -> None:
         """Put a row's values among the logged metrics: whoever writes one past `log` wants them there, too."""
@@ -251,7 +259,7 @@ class Metrics:
 
     def forget(self) -> None:
         """Forget everything, as around a sanity check."""
-        self.seen, self.seen_by_loggers, self.seen_on_bar = {}, {}, {}
+        self.seen, self.seen_by_loggers, self.seen_on_bar, self._logged = {}, {}, {}, set()
         self._evaluated.clear()
         self.table.reset()
         self.train = self.table = Table("train")
@@ -283,6 +291,7 @@ class Metrics:
                 self.seen_on_bar[called] = kept
             if table is self.train or not table.steps:
                 self.seen[bare] = self.seen[called] = kept
+                self._logged |= {bare, called}
 
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
@@ -312,6 +321,7 @@ class Metrics:
                 if metric.logged and metric.hook != RUN_START  # logged again when the run is resumed
             ],
             "seen": copied(self.seen),
+            "published": sorted(self.published),
             "seen_by_loggers": copied(self.seen_by_loggers),
             "seen_on_bar": copied(self.seen_on_bar),
             "evaluated": [list(pair) for pair in self._evaluated.items()],
@@ -322,6 +332,7 @@ class Metrics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self.seen = dict(state["seen"])
+        self._logged = self.seen.keys() - set(state.get("published", ()))
         self.seen_by_loggers = dict(state["seen_by_loggers"])
         self.seen_on_bar = dict(state["seen_on_bar"])
         self._evaluated = {int(index): int(batches) for index, batches in state["evaluated"]}

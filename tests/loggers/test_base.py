@@ -18,7 +18,6 @@ import pytest
 import torch
 import yaml
 
-from trainkit import Trainer
 from trainkit.errors import MisconfigurationException
 from trainkit.loggers import CSVLogger, DummyLogger, FileLogger, JSONLinesLogger, Logger, TensorBoardLogger
 
@@ -347,16 +346,3 @@ def test_a_value_that_is_no_number_is_a_type_error_and_a_value_error(tmp_path: P
     for kind in (TypeError, ValueError):
         with pytest.raises(kind, match="a logger takes a number"):
             CSVLogger(tmp_path).log_metrics({"x": [1, 2]})
-
-
-def test_loggers_are_called_by_the_names_of_the_arguments(tmp_path: Path) -> None:
-    class Named(Logger):
-        seen: list[int | None] = []  # noqa: RUF012
-
-        def log_metrics(self, *, metrics: Any, step: int | None = None) -> None:
-            self.seen.append(step)
-
-    trainer = Trainer(accelerator="cpu", logger=Named(), max_epochs=1, log_every_n_steps=1, enable_progress_bar=False)
-    trainer.loggers[0].log_metrics(metrics={}, step=7)
-    trainer.log_metrics({"x": 1.0}, step=9)
-    assert Named.seen == [7, 9]

@@ -21,7 +21,7 @@ from trainkit.loggers import DummyLogger, Logger, TensorBoardLogger
 from trainkit.module import Module
 from trainkit.precision import Precision, precision_of
 from trainkit.profiler import PROFILERS, PassThroughProfiler, Profiler
-from trainkit.strategies import Strategy
+from trainkit.strategies import SingleDeviceStrategy, Strategy
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -100,7 +100,7 @@ def strategy_of(given: str | Strategy, device: torch.device) -> Strategy:
     if isinstance(given, Strategy):
         return given
     if given in ("auto", "single_device"):
-        return Strategy(device)
+        return SingleDeviceStrategy(device)
     raise MisconfigurationException(
         f"strategy must be 'auto', 'single_device' or a Strategy object. Received: {given!r}."
     )

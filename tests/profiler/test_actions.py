@@ -107,8 +107,10 @@ def test_actions_nest_as_the_work_does(TinyModule: Any, TinyData: Any) -> None:
     profiler = Stack()
     Trainer(**QUIET, max_epochs=1, profiler=profiler).fit(TinyModule(), TinyData())
     assert profiler.open == []
-    assert profiler.parents["[LightningModule]TinyModule.training_step"] == {"[Strategy]Strategy.training_step"}
-    assert profiler.parents["[Strategy]Strategy.training_step"] == {"run_training_batch"}
+    assert profiler.parents["[LightningModule]TinyModule.training_step"] == {
+        "[Strategy]SingleDeviceStrategy.training_step"
+    }
+    assert profiler.parents["[Strategy]SingleDeviceStrategy.training_step"] == {"run_training_batch"}
     assert profiler.parents["[LightningModule]TinyModule.optimizer_step"] == {"run_training_batch"}
     assert profiler.parents["[_TrainingEpochLoop].train_dataloader_next"] == {"run_training_epoch"}
     assert profiler.parents["[_EvaluationLoop].val_next"] == {"run_training_epoch"}
@@ -136,7 +138,7 @@ def test_an_optimizer_step_of_ones_own_and_manual_steps_are_seen(TinyModule: Any
         trainer = Trainer(**QUIET, max_epochs=1, profiler=profiler)
         trainer.fit(module, TinyData(num_batches=3))
         found = counts(profiler)
-        assert (found[name], found["[Strategy]Strategy.optimizer_step"]) == (3, 3)
+        assert (found[name], found["[Strategy]SingleDeviceStrategy.optimizer_step"]) == (3, 3)
         optimizer = trainer.optimizers[0]
         assert not optimizer._optimizer_step_pre_hooks  # a later run without the profiler does not see it
         assert not optimizer._optimizer_step_post_hooks

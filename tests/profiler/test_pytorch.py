@@ -70,12 +70,12 @@ def test_a_schedule_picks_steps_of_every_kind_by_itself(TinyModule: Any, TinyDat
     trainer.fit(TinyModule(), TinyData())
     assert steps(profiler) == {"training_step": 3, "validation_step": 3}
     assert traces(tmp_path) == [
-        "fit-[Strategy]Strategy.training_step",
-        "fit-[Strategy]Strategy.validation_step",
+        "fit-[Strategy]SingleDeviceStrategy.training_step",
+        "fit-[Strategy]SingleDeviceStrategy.validation_step",
     ]
     trainer.test(TinyModule(), TinyData(), verbose=False)
     assert steps(profiler) == {"test_step": 3}
-    assert traces(tmp_path)[-1] == "test-[Strategy]Strategy.test_step"
+    assert traces(tmp_path)[-1] == "test-[Strategy]SingleDeviceStrategy.test_step"
 
 
 def test_a_run_too_short_for_the_schedule_is_recorded_as_a_whole(
@@ -149,7 +149,7 @@ def test_the_trace_is_one_that_chrome_and_tensorboard_read(TinyModule: Any, Tiny
 def test_stacks_are_written_for_flame_graphs(TinyModule: Any, TinyData: Any, tmp_path: Path) -> None:
     profiler = PyTorchProfiler(tmp_path, with_stack=True, export_to_flame_graph=True, export_to_chrome=False)
     Trainer(**QUIET, max_epochs=1, limit_val_batches=0, profiler=profiler).fit(TinyModule(), TinyData())
-    assert [path.name for path in tmp_path.iterdir()] == ["fit-[Strategy]Strategy.training_step.stack"]
+    assert [path.name for path in tmp_path.iterdir()] == ["fit-[Strategy]SingleDeviceStrategy.training_step.stack"]
 
 
 def test_a_handler_of_ones_own_takes_the_place_of_the_files(TinyModule: Any, TinyData: Any, tmp_path: Path) -> None:

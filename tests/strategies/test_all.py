@@ -11,10 +11,15 @@ import torch
 from torch import nn
 
 from trainkit import Module, Trainer
-from trainkit.strategies import Strategy
+from trainkit.strategies import SingleDeviceStrategy, Strategy
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-STRATEGIES = {"auto": "auto", "single_device": "single_device", "an object": Strategy("cpu")}
+STRATEGIES = {
+    "auto": "auto",
+    "single_device": "single_device",
+    "an object": SingleDeviceStrategy("cpu"),
+    "its base": Strategy("cpu"),
+}
 
 
 class Net(Module):

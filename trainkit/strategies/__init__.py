@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trainkit.strategies.base import SingleDeviceStrategy as SingleDeviceStrategy
 from trainkit.strategies.base import Strategy as Strategy
 
-__all__ = ["Strategy"]
+__all__ = ["SingleDeviceStrategy", "Strategy"]

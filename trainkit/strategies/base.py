@@ -98,3 +98,7 @@ class Strategy:
         """Give an accelerator's memory back: the module returns to the host."""
         if self.device.type != "cpu":
             module.cpu()
+
+
+class SingleDeviceStrategy(Strategy):
+    """One device, under Lightning's name: what `strategy="auto"` and "single_device" make."""

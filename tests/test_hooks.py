@@ -164,6 +164,19 @@ def test_minus_one_from_anybody_skips_the_rest_of_the_epoch(skipping: str, other
     assert heard == ["first", "second", "module"] * 3  # all are asked, whoever skips
 
 
+def test_what_a_hook_returns_is_nobodys_business() -> None:
+    class Returns(Callback):
+        def on_train_batch_start(self, *arguments: Any) -> Any:
+            return torch.zeros(2)  # "is it -1?" has no answer
+
+        def on_after_backward(self, *arguments: Any) -> Any:
+            return torch.zeros(2)
+
+    trainer = trainer_of(Returns())
+    trainer.fit(Line(), loader())
+    assert trainer.global_step == len(loader())
+
+
 def test_the_table_can_be_printed() -> None:
     class Answers(Line):
         def on_train_start(self) -> None: ...

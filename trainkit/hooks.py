@@ -64,13 +64,25 @@ def _first(method: Call, count: int, *arguments: Any) -> Any:
     return method(*arguments[:count])
 
 
-def _each(trainer: Trainer, name: str, calls: tuple[Call, ...], *arguments: Any) -> int | None:
-    """Call all, and return -1 when any of them did; meanwhile `log` knows in which hook it is called."""
+def _each(trainer: Trainer, name: str, calls: tuple[Call, ...], *arguments: Any) -> None:
+    """Call all; meanwhile `log` knows in which hook it is called. What they return, a tensor perhaps, is not read."""
+    metrics = trainer.metrics
+    before, metrics.hook = metrics.hook, name
+    try:
+        for call in calls:
+            call(*arguments)
+    finally:
+        metrics.hook = before
+
+
+def _each_may_skip(trainer: Trainer, name: str, calls: tuple[Call, ...], *arguments: Any) -> int | None:
+    """Call all, and return -1 when any of them did: the rest of the epoch is skipped."""
     metrics, skip = trainer.metrics, None
     before, metrics.hook = metrics.hook, name
     try:
         for call in calls:
-            if call(*arguments) == -1:
+            answer = call(*arguments)
+            if isinstance(answer, int) and answer == -1:
                 skip = -1
     finally:
         metrics.hook = before
@@ -132,7 +144,8 @@ class Hooks:
                 for o in owners
             ]
             calls = [actions.wrap(f"{kind}.{name}", call) for kind, call in zip(kinds, calls, strict=True)]
-        call: Call = partial(_each, trainer, name, tuple(calls)) if calls else _nothing
+        call_all = _each_may_skip if name == "on_train_batch_start" else _each
+        call: Call = partial(call_all, trainer, name, tuple(calls)) if calls else _nothing
         return call if actions is None else actions.span(name, call)
 
     def evaluation(self, stage: str, loaders: int) -> Evaluation:

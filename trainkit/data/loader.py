@@ -247,9 +247,11 @@ class Loader(Batches):
         Up to the first batch that is asked for the run's own random state is kept as a checkpoint brought it; later
         torch's is, while python's and numpy's go on from what the batch left, which is a function of its index, too.
         """
-        while (
-            batch := (torch_kept if index > start else all_kept)(batch_seed(seed, index), next, batches, batches)
-        ) is not (batches):
+        while True:
+            kept = torch_kept if index > start else all_kept
+            batch = kept(batch_seed(seed, index), next, batches, batches)
+            if batch is batches:
+                return
             yield batch
             index += 1
 

@@ -1017,6 +1017,7 @@ def test_a_signal_ends_in_its_exit_code_and_the_command_to_go_on(
     out = child.communicate(timeout=60)[0]
     assert child.returncode == code, out
     assert "Traceback" not in out
+    assert len(re.findall(r"^interrupted.*", out, re.M)) == 1, out  # told once
     assert re.search(r"interrupted after step \d+", out), out
     resume = re.search(r"resume:? +python -m trainkit fit --config=run\.yaml .* --ckpt_path (\S+\.ckpt)$", out, re.M)
     assert resume is not None, out

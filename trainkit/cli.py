@@ -141,8 +141,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `trainkit ... | head`: nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        _tell("interrupted")
+    except KeyboardInterrupt as error:
+        if not isinstance(error, SystemExit):  # else the run has told where it stopped and how to go on
+            _tell("interrupted")
         return 130
 
 

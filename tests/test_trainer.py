@@ -123,7 +123,7 @@ def test_fast_dev_run_runs_every_loop_and_writes_nothing(TinyModule: Any, TinyDa
     trainer.fit(module, datamodule=data)
     trainer.test(module, datamodule=data, verbose=False)
     assert trainer.global_step == 2
-    assert trainer.num_val_batches == []  # the test's run has none
+    assert (trainer.num_val_batches, trainer.num_test_batches) == ([2], [2])  # fit's stay
     assert list(tmp_path.iterdir()) == []
 
 

@@ -109,7 +109,7 @@ def attach(
     trainer.module = module
     trainer.datamodule = datamodule
     trained = trainer.sources.loaders.get("train") if fn != TrainerFn.FITTING else None
-    trainer.sources = Sources(trainer, sources, seed_of_state())
+    trainer.sources = Sources(trainer, sources, seed_of_state(), earlier=trainer.sources)
     if trained is not None:  # so that what fit left behind can still be saved
         trainer.sources.loaders["train"] = trained
     trainer.state = TrainerState(TrainerStatus.RUNNING, fn, LOOP[fn])

@@ -34,9 +34,12 @@ class Sources:
         trainer: whose settings limit it.
         given: the loaders that the call brought, by kind: "train", "val", "test", "predict".
         seed: what the loaders' own seeds are derived from, by kind and place: whichever is asked for first.
+        earlier: those of the Trainer's last run, whose numbers of batches stay until there are new ones.
     """
 
-    def __init__(self, trainer: Trainer, given: Mapping[str, Any], seed: int = 0) -> None:
+    def __init__(
+        self, trainer: Trainer, given: Mapping[str, Any], seed: int = 0, earlier: Sources | None = None
+    ) -> None:
         self.trainer = trainer
         self.given = given
         self.seed = seed
@@ -46,6 +49,7 @@ class Sources:
         """The loaders in the structure that the user gave them, by kind."""
         self.val_every: int | None = None
         """Validate every n batches; None: at the end of an epoch."""
+        self._earlier = {} if earlier is None else {kind: earlier.num_batches(kind) for kind in STEP}
         self._asked: dict[str, float] = {}  # the epoch in which loaders of a kind were asked for
 
     @property
@@ -74,7 +78,9 @@ class Sources:
         return trainer.datamodule if trainer.datamodule is not None else trainer.model
 
     def num_batches(self, kind: str) -> list[int | float]:
-        """Return the number of batches of each loader of a kind."""
+        """Return the number of batches of each loader of a kind, as it is or as it was in the last run that had any."""
+        if kind not in self.loaders:
+            return self._earlier.get(kind, [])
         return [part.num_batches for loader in self.loaders.get(kind, []) for part in loader.parts]
 
     # ------------------------------------------------------------------ training

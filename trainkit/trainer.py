@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from trainkit import arguments, components, loop
 from trainkit.accelerators import Accelerator
 from trainkit.callback import Callback
-from trainkit.checkpoint import restore
+from trainkit.checkpoint import changes, restore
 from trainkit.data.sources import Clock, Sources
 from trainkit.data.transfer import Transfer, check_device
 from trainkit.datamodule import DataModule
@@ -180,6 +180,12 @@ class Trainer(Status):
         self.sources = Sources(self, {})
         self.checkpoint: dict[str, Any] | None = None
         """The contents of the checkpoint that this run begins from."""
+        self.ckpt_strict = True
+        """Whether a checkpoint must be of a run that saw the same samples in the same order."""
+        self.made_of: dict[str, Any] = {}
+        """What the last fit began with, as its checkpoints say it."""
+        self.weights_before: dict[str, Any] | None = None
+        """Those of the module before a checkpoint's, until all of that one fits."""
         self.predictions: list[Any] = []
         self._given_ckpt_path: str | os.PathLike[str] | None = None
         self._since_validation = Clock()
@@ -193,6 +199,7 @@ class Trainer(Status):
         datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
+        ckpt_strict: bool = True,
     ) -> None:
         """Train.
 
@@ -203,11 +210,14 @@ class Trainer(Status):
             datamodule: instead of loaders.
             ckpt_path: go on from this file, from "last" (the newest checkpoint of the newest run) or "best".
             weights_only: kept for Lightning's signature; nothing in a file is ever executed.
+            ckpt_strict: refuse a checkpoint whose run saw other samples or another order of them: another length of the
+                data set, batch size or sampler. False goes on with a warning. Other differences are always warnings.
 
         Raises:
             MisconfigurationException: something in the module, the data or the settings can't work.
             CheckpointError: the checkpoint is missing, damaged or does not fit.
         """
+        self.ckpt_strict = ckpt_strict
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         anomalies = torch.autograd.set_detect_anomaly(True) if self.detect_anomaly else nullcontext()
         run = running(self, TrainerFn.FITTING, model, datamodule, self._named_checkpoint(ckpt_path), sources)
@@ -329,6 +339,7 @@ class Trainer(Status):
             self.sources.load_train()
         if "val" not in self.sources.loaders:
             self.sources.load_evaluation("val")
+        self.made_of = changes.made_of(self)
         if self.checkpoint is not None:
             restore.restore_run(self, self.checkpoint, Path(self.resume_path or ""))
             self.strategy.optimizers_to_device(self.optimizers)

@@ -145,7 +145,7 @@ def test_parameters_in_another_order_are_refused_although_torch_would_take_them(
     run.save_checkpoint(tmp_path / "x.ckpt")
     module = Groups(reverse=True)
     weights = module.a.weight.detach().clone()
-    with pytest.raises(CheckpointError, match="parameter 0 of group 0 of Adam was a.weight, and is b.bias now"):
+    with pytest.raises(CheckpointError, match=r"parameter 0 of group 0 of Adam was a\.weight, and is b\.bias now"):
         resume(tmp_path / "x.ckpt", module)
     assert torch.equal(module.a.weight, weights)
 

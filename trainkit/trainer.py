@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from trainkit import arguments, components, loop
 from trainkit.accelerators import Accelerator
 from trainkit.callback import Callback
-from trainkit.checkpoint import changes, restore
+from trainkit.checkpoint import restore
 from trainkit.data.sources import Clock, Sources
 from trainkit.data.transfer import Transfer, check_device
 from trainkit.datamodule import DataModule
@@ -224,7 +224,8 @@ class Trainer(Status):
         with run, self.interruption.listening(), anomalies:
             self._sanity_check()
             self._load_data()
-            if not self.done and self.num_training_batches > 0:
+            ended = self.done and self.checkpoint is None  # one that was killed at its end has yet to be told of it
+            if not ended and self.num_training_batches > 0:
                 loop.fit(self)
             self.leave_if_interrupted()  # a signal before the first batch or after the last save
 
@@ -339,7 +340,6 @@ class Trainer(Status):
             self.sources.load_train()
         if "val" not in self.sources.loaders:
             self.sources.load_evaluation("val")
-        self.made_of = changes.made_of(self)
         if self.checkpoint is not None:
             restore.restore_run(self, self.checkpoint, Path(self.resume_path or ""))
             self.strategy.optimizers_to_device(self.optimizers)

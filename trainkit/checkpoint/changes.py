@@ -211,9 +211,9 @@ def check_groups(trainer: Trainer, checkpoint: Mapping[str, Any], path: object) 
         for index, (saved, own) in enumerate(zip(old["groups"], optimizer["groups"], strict=False)):
             if saved == own:
                 continue
-            place = next((n for n, pair in enumerate(zip(saved, own, strict=False)) if pair[0] != pair[1]), -1)
-            if place < 0:
-                continue  # more or fewer of them, which torch says itself
+            if sorted(saved) != sorted(own):
+                continue  # renamed, by pruning for example; their shapes were compared
+            place = next(n for n, pair in enumerate(zip(saved, own, strict=True)) if pair[0] != pair[1])
             raise CheckpointError(
                 f"{path} does not fit this run: parameter {place} of group {index} of {optimizer['class']} was "
                 f"{saved[place]}, and is {own[place]} now. Give configure_optimizers the parameters in the order they "

@@ -126,6 +126,9 @@ def _restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> No
             raise CheckpointError(f"{path} does not fit this run: {error}") from None
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path} does not fit this run: its {key}: {error}.") from error
+    for optimizer in trainer.optimizers:
+        if optimizer.state:  # or schedules would warn that they moved before it, which happened in another process
+            optimizer._opt_called = True  # type: ignore[attr-defined]
     done, limit = trainer.progress.epoch, trainer.max_epochs
     if limit is not None and 0 <= limit < done:
         raise MisconfigurationException(

@@ -187,7 +187,7 @@ def _parts(module: nn.Module) -> dict[str, str]:
             extra = part.extra_repr() if name else ""
         except Exception:  # a user's own, which may want what is not there yet
             extra = ""
-        described[name] = _ADDRESS.sub("", f"{type(part).__qualname__}({extra})")
+        described[name] = _ADDRESS.sub("", f"{type(part).__name__}({extra})")
     return described
 
 

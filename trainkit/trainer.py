@@ -391,7 +391,7 @@ class Trainer(Status):
             return
         self.checkpoint, self.resume_path = self.checkpoint_io.load_checkpoint(path), str(path)
         if stage == "fit":
-            restore.continue_loggers(self.loggers, path, int(self.checkpoint.get("global_step", 0)))
+            restore.continue_loggers(self, self.checkpoint, path)
 
     def _named_checkpoint(self, ckpt_path: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
         """Return the checkpoint that a call names, or the one `trainer.ckpt_path` was set to, which a call ends."""

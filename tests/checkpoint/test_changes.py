@@ -112,6 +112,18 @@ def test_what_the_checkpoint_keeps_is_said(path: Path) -> None:
     assert run.optimizers[0].param_groups[0]["lr"] == 0.1
 
 
+def test_sums_in_another_order_are_said(path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.warns(
+            UserWarning, match=rf"bits    threads: {threads} -> {threads + 1}\nbits: equal up to rounding"
+        ):
+            resume(path)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_hyperparameter_without_an_effect_on_the_weights_is_named(path: Path) -> None:
     class Renamed(Net):
         pass

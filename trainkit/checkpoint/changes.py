@@ -6,6 +6,7 @@ and whoever resumes it hears what changed, and what that means:
 
     order    other samples come, or in another order: refused, unless `ckpt_strict=False`
     result   the numbers will not be those of a run that went on: a warning
+    bits     the same up to rounding: other kernels, or sums in another order; a warning
     kept     the checkpoint's value goes on, whatever the new one is: a warning
     maybe    a hyperparameter: it depends on what the module does with it; a warning
 """
@@ -17,6 +18,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -64,6 +66,11 @@ def made_of(trainer: Trainer) -> dict[str, Any]:
     arguments = {name: _plain(_setting(trainer, name)) for name in TRAINER}
     return {
         "seed": trainer.seed,
+        "machine": {
+            "torch": torch.__version__,
+            "device": trainer.device.type,
+            "threads": torch.get_num_threads(),
+        },
         "trainer": arguments,
         "model": _parts(trainer.module),
         "optimizers": [_optimizer(optimizer, trainer.module) for optimizer in trainer.optimizers],
@@ -110,6 +117,7 @@ def check(trainer: Trainer, checkpoint: Mapping[str, Any], path: object, strict:
 MEANINGS = {
     "order": "order: other samples come, or in another order; in this epoch some may come twice and some never.",
     "result": "result: the run goes on differently from there.",
+    "bits": "bits: equal up to rounding only, the kernels or the order of their sums differ.",
     "kept": "kept: the checkpoint's value goes on.",
     "maybe": "maybe: it depends on what the module does with it.",
 }
@@ -122,6 +130,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[C
     yield from _changed("result", before.get("model"), now["model"], lambda name: f"model{name and '.' + name}")
     yield from _optimizers(before.get("optimizers"), now["optimizers"])
     yield from _lists("result", "lr schedulers", before.get("schedulers"), now["schedulers"])
+    yield from _changed("bits", before.get("machine"), now["machine"], str)
     if None not in (before.get("seed"), now["seed"]) and before["seed"] != now["seed"]:
         yield Change("kept", "seed", str(before["seed"]), str(now["seed"]))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -22,12 +23,11 @@ from trainkit.errors import (
     warn,
 )
 from trainkit.hparams import namespaces_of, plain_hparams
-from trainkit.loggers.base import runs_directory
+from trainkit.loggers.base import run_directory, runs_directory
 from trainkit.stages import TrainerFn
 from trainkit.state import ByKey, resume_state
 
 if TYPE_CHECKING:
-    from trainkit.loggers import Logger
     from trainkit.trainer import Trainer
 
 
@@ -53,6 +53,10 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         checkpoint["callbacks"] = ByKey(trainer.callbacks).state_dict()
         for key, part in resume_state(trainer).items():
             checkpoint[key] = part.state_dict()
+        checkpoint["run_dirs"] = [
+            os.path.realpath(run_directory(logger, trainer.default_root_dir)) if logger.root_dir else None
+            for logger in trainer.loggers
+        ]
         checkpoint["made_of"] = {**trainer.made_of, "data": changes.data_of(trainer)}
     if module.hparams:
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = module.hparams_name
@@ -129,6 +133,11 @@ def _restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> No
     for optimizer in trainer.optimizers:
         if optimizer.state:  # or schedules would warn that they moved before it, which happened in another process
             optimizer._opt_called = True  # type: ignore[attr-defined]
+    if trainer.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        warn(
+            "the run goes on from its checkpoint, but not to the last bit: some of cuda's kernels add up in any order. "
+            "Trainer(deterministic=True) uses those that do not."
+        )
     done, limit = trainer.progress.epoch, trainer.max_epochs
     if limit is not None and 0 <= limit < done:
         raise MisconfigurationException(
@@ -274,20 +283,26 @@ def _best_of_newest_run(trainer: Trainer) -> str:
     return str(best) if best.is_file() else ""
 
 
-def continue_loggers(loggers: Iterable[Logger], path: Path, step: int) -> None:
-    """Let loggers go on in the run directory that a checkpoint lies in, if it is that run's newest one.
+def continue_loggers(trainer: Trainer, checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Let loggers go on in the run directory that a checkpoint is of, if it is that run's newest one.
 
-    From an older one a branch begins, which gets a directory of its own: what came after it stays untouched.
+    That is the directory it lies in, wherever that was moved; else the one it was written from. From an older
+    checkpoint a branch begins, which gets a directory of its own: what came after it stays untouched.
     """
-    if path.parent.name != "checkpoints":
-        return
-    run = path.resolve().parent.parent
+    step = int(checkpoint.get("global_step", 0))
+    row = (checkpoint.get("progress") or {}).get("window", step)
+    written_from = checkpoint.get("run_dirs", ())
+    beside = path.resolve().parent.parent if path.parent.name == "checkpoints" else None
     newest = store.newest(path.parent)
     if newest is None or store.step_of(newest) > step:
         return
-    for logger in loggers:
-        if logger.root_dir and Path(logger.root_dir).resolve() == run.parent:
-            logger.continue_run(run, step)
+    for index, logger in enumerate(trainer.loggers):
+        root = Path(logger.root_dir).resolve() if logger.root_dir else None
+        run = beside
+        if beside is None or beside.parent != root:
+            run = Path(written_from[index]) if index < len(written_from) and written_from[index] else None
+        if run is not None and run.parent == root and run.is_dir():
+            logger.continue_run(run, row)
 
 
 def find_last(trainer: Trainer) -> Path | None:

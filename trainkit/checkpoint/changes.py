@@ -67,7 +67,7 @@ def made_of(trainer: Trainer) -> dict[str, Any]:
     return {
         "seed": trainer.seed,
         "machine": {
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "device": trainer.device.type,
             "threads": torch.get_num_threads(),
         },

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import trainkit.lightning.pytorch as pl
+from trainkit.checkpoint import store
 from trainkit.lightning.pytorch.callbacks import EarlyStopping, Timer
 from trainkit.lightning.pytorch.cli import (
     LightningArgumentParser,
@@ -486,7 +487,7 @@ def test_a_checkpoint_that_names_a_class_nobody_imported_is_refused() -> None:
     cli("fit", "--model=models.Model", *SHORT, **options).trainer.save_checkpoint("it.ckpt")
     checkpoint = torch.load("it.ckpt", weights_only=True)
     checkpoint["hyper_parameters"]["_class_path"] = "antigravity.Model"
-    torch.save(checkpoint, "it.ckpt")
+    store.save("it.ckpt", checkpoint)
     with pytest.raises(ValueError, match="has not imported"):
         pl.LightningModule.load_from_checkpoint("it.ckpt")
     assert "antigravity" not in sys.modules

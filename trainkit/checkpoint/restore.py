@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from trainkit.checkpoint import lightning, store
+from trainkit.checkpoint import format, lightning, store
 from trainkit.errors import (
     CheckpointError,
     IncompleteCheckpointError,
@@ -203,7 +203,7 @@ def _best_of_newest_run(trainer: Trainer) -> str:
     last, callback = find_last(trainer), trainer.checkpoint_callback
     if last is None or callback is None:
         return ""
-    state = store.load(last).get("callbacks", {}).get(callback.state_key, {})
+    state = format.head(last).state.get("callbacks", {}).get(callback.state_key, {})
     best = Path(state.get("best_model_path") or "")
     if best.name and not best.exists():  # the run directory was moved as a whole
         best = last.parent / best.name
@@ -218,7 +218,10 @@ def continue_loggers(loggers: Iterable[Logger], path: Path, step: int) -> None:
     if path.parent.name != "checkpoints":
         return
     run = path.resolve().parent.parent
-    newest = store.newest(path.parent)
+    try:
+        newest = store.newest(path.parent)
+    except CheckpointError:  # it was not trainkit that wrote them
+        return
     if newest is None or store.step_of(newest) > step:
         return
     for logger in loggers:

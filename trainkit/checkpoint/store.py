@@ -210,7 +210,7 @@ def newest(directory: StrPath) -> Path | None:
     found: Path | None = None
     for _, path in sorted(ranked, reverse=True):
         try:
-            format.read(path)
+            format.verify(path)
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
         else:
@@ -237,7 +237,7 @@ def step_of(path: StrPath) -> int:
 
 def _rank(path: Path) -> tuple[int, ...]:
     """Order checkpoints by what they say inside: those that can be resumed first, then by training done."""
-    state = format.read(path, mmap=True)
+    state = format.head(path).state
     progress = state.get("progress") or {}
     numbers = [
         state.get("global_step"),

@@ -158,7 +158,7 @@ def check(file: BinaryIO, table: Table, target: Callable[[Record], memoryview | 
     try:
         archive.read_records(file, table.records, table.contents, target)
     except Damaged as error:
-        holds = path_of(table.state, error.record) if error.record else ""
+        holds = path_of(table.state, error.record) if error.record.startswith("data/") else ""
         raise Damaged(f"({holds}) {error}" if holds else str(error), error.record) from None
 
 
@@ -177,25 +177,28 @@ def verify(source: Source) -> Table:
 
 def path_of(state: Any, record: str, path: str = "") -> str:
     """Return where in a state the first tensor is that lies in a record, as in "state_dict/layer.weight"."""
-    if type(state) is list:
-        inside = [(str(index), item) for index, item in enumerate(state)]
-    elif type(state) is not dict:
-        return ""
-    elif state.get("record") == record:
+    if type(state) is dict and state.get("record") == record:
         return path
-    else:
-        inside = list(state.items())
-    for key, item in inside:
-        shown = path if key.startswith("$") else f"{path}/{key}".lstrip("/")
-        found = path_of(item, record, shown)
-        if found:
+    for step, item in _inside(state):
+        if found := path_of(item, record, f"{path}/{step}".strip("/") if step else path):
             return found
     return ""
 
 
+def _inside(state: Any) -> Iterator[tuple[str, Any]]:
+    if type(state) is list:
+        yield from ((str(index), item) for index, item in enumerate(state))
+    elif type(state) is dict:
+        for key, item in state.items():
+            if key in ("$dict", "$ordered", "$counter") and type(item) is list:
+                yield from ((str(pair[0]), pair[1]) for pair in item)
+            else:
+                yield "" if key.startswith("$") else key, item
+
+
 def _record(entry: Any) -> Record:
     match entry:
-        case [str(name), int(size), int(crc), str(digest)]:
+        case [str(name), int(size), int(crc), str(digest)] if type(size) is type(crc) is int:
             if not archive.is_record_name(name):
                 raise _refused(f"lists a record of the name {name[:60]!r}")
             if not (0 <= size < 1 << 62 and 0 <= crc < 1 << 32 and _SHA256.fullmatch(digest)):

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from trainkit.checkpoint.finite import weights_are_finite as weights_are_finite
 from trainkit.errors import CheckpointError
 
 MAX_DEPTH = 100

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from trainkit.checkpoint import format, lightning, store
+from trainkit.checkpoint import lightning, store
 from trainkit.errors import (
     CheckpointError,
     IncompleteCheckpointError,
@@ -167,7 +167,7 @@ def _listed(what: str, keys: list[str], most: int = 10) -> list[str]:
     return [f"  {what}: {', '.join(keys[:most])}{more}"]
 
 
-def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str) -> Path | None:
+def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str) -> str | PathLike[str] | None:
     """Return the file that a `ckpt_path` means: itself, "last" or "best"; None to start from zero.
 
     Raises:
@@ -194,8 +194,8 @@ def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str)
                 "ckpt_path='best': this Trainer has not saved a best checkpoint, and neither has the newest run. "
                 "Name a file, or use 'last'."
             )
-        return Path(best)
-    return Path(ckpt_path)
+        return store.local(best)
+    return store.local(ckpt_path)
 
 
 def _best_of_newest_run(trainer: Trainer) -> str:
@@ -203,20 +203,21 @@ def _best_of_newest_run(trainer: Trainer) -> str:
     last, callback = find_last(trainer), trainer.checkpoint_callback
     if last is None or callback is None:
         return ""
-    state = format.head(last).state.get("callbacks", {}).get(callback.state_key, {})
-    best = Path(state.get("best_model_path") or "")
-    if best.name and not best.exists():  # the run directory was moved as a whole
-        best = last.parent / best.name
-    return str(best) if best.is_file() else ""
+    state = store.head(last).state.get("callbacks", {}).get(callback.state_key, {})
+    best = str(state.get("best_model_path") or "")
+    if best and not store.exists(best):  # the run directory was moved as a whole
+        best = os.path.join(os.path.dirname(last), os.path.basename(best))
+    return best if best and store.exists(best) else ""
 
 
-def continue_loggers(loggers: Iterable[Logger], path: Path, step: int) -> None:
+def continue_loggers(loggers: Iterable[Logger], path: str | PathLike[str], step: int) -> None:
     """Let loggers go on in the run directory that a checkpoint lies in, if it is that run's newest one.
 
     From an older one a branch begins, which gets a directory of its own: what came after it stays untouched.
     """
-    if path.parent.name != "checkpoints":
+    if store.is_remote(path) or Path(path).parent.name != "checkpoints":
         return
+    path = Path(path)
     run = path.resolve().parent.parent
     try:
         newest = store.newest(path.parent)
@@ -229,7 +230,7 @@ def continue_loggers(loggers: Iterable[Logger], path: Path, step: int) -> None:
             logger.continue_run(run, step)
 
 
-def find_last(trainer: Trainer) -> Path | None:
+def find_last(trainer: Trainer) -> str | PathLike[str] | None:
     """Return the newest checkpoint that `ckpt_path="last"` means, None when there is none yet.
 
     It is looked for in the checkpoint callbacks' own folders; without one, in the folders of the runs that the first
@@ -239,10 +240,10 @@ def find_last(trainer: Trainer) -> Path | None:
         CheckpointError: there are checkpoints, but none can be read.
     """
     own = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks if not hasattr(c, "ckpt_path")]
-    folders = [Path(folder) for folder in own if folder]
+    folders = [store.local(folder) for folder in own if folder]
     rescued = _rescued(trainer)
     if rescued:
-        ours = [store.newest(folder) for folder in folders if any(folder.glob("*.ckpt"))]
+        ours = [store.newest(folder) for folder in folders if store.checkpoints_in(folder)]
         return max([*rescued, *(path for path in ours if path)], key=store.step_of)
     if not folders and trainer.logger is not None:
         root = Path(runs_directory(trainer.logger, trainer.default_root_dir))
@@ -251,7 +252,7 @@ def find_last(trainer: Trainer) -> Path | None:
     elif not folders:
         folders = [Path(trainer.default_root_dir) / "checkpoints"]
     for folder in folders:
-        if not any(folder.glob("*.ckpt")):
+        if not store.checkpoints_in(folder):
             continue
         return store.newest(folder)
     return None

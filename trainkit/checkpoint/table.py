@@ -191,7 +191,7 @@ def _inside(state: Any) -> Iterator[tuple[str, Any]]:
     elif type(state) is dict:
         for key, item in state.items():
             if key in ("$dict", "$ordered", "$counter") and type(item) is list:
-                yield from ((str(pair[0]), pair[1]) for pair in item)
+                yield from ((str(pair[0]), pair[1]) for pair in item if type(pair) is list and len(pair) == 2)
             else:
                 yield "" if key.startswith("$") else key, item
 

@@ -22,7 +22,7 @@ from trainkit.data.transfer import TRANSFER_HOOKS, transfer_of
 from trainkit.datamodule import DataModule
 from trainkit.errors import MisconfigurationException, SearchOver
 from trainkit.hooks import Hooks, announced, is_overridden
-from trainkit.hparams import merged_hparams
+from trainkit.hparams import HyperParameters, merged_hparams, tell_of_secrets
 from trainkit.metrics import Metrics, NoMetrics
 from trainkit.module import Module
 from trainkit.optim import Schedules, configure
@@ -200,7 +200,10 @@ def log_hyperparameters(trainer: Trainer) -> None:
     """Hand the module's and the data module's hyperparameters, and the graph, to the loggers, once a run."""
     if not trainer.loggers:
         return
-    hparams = merged_hparams([owner for owner in (trainer.module, trainer.datamodule) if owner is not None])
+    owners: list[HyperParameters] = [owner for owner in (trainer.module, trainer.datamodule) if owner is not None]
+    for owner in owners:
+        tell_of_secrets(owner)
+    hparams = merged_hparams(owners)
     for logger in trainer.loggers:
         if hparams:
             logger.log_hyperparams(hparams)

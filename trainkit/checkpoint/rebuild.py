@@ -22,6 +22,7 @@ from trainkit.checkpoint.restore import load_weights
 from trainkit.errors import warn
 from trainkit.hooks import is_overridden
 from trainkit.hparams import AttributeDict, given_hyperparameters
+from trainkit.redaction import hidden_in
 
 if TYPE_CHECKING:
     from trainkit.datamodule import DataModule
@@ -113,6 +114,13 @@ def _saved_hparams(
 # ---------------------------------------------------------------------- making the object
 def _construct(cls: type, saved: dict[str, Any], name: str | None, overrides: dict[str, Any], source: object) -> Any:
     """Call a class with its saved arguments, those given now in their place."""
+    secrets = [key for key in hidden_in(saved) if key.partition(".")[0] not in overrides]
+    saved = {key: value for key, value in saved.items() if key not in secrets or (name and name != "kwargs")}
+    if secrets:
+        warn(
+            f"{source} does not have {', '.join(map(repr, secrets))}: files get '***' in the place of what looks like "
+            f"a secret. Give it again: load_from_checkpoint(path, {secrets[0].partition('.')[0]}=...)."
+        )
     instantiator = saved.pop("_instantiator", None)
     if instantiator is not None:
         if instantiator not in INSTANTIATORS:

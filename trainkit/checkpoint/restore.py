@@ -20,7 +20,7 @@ from trainkit.errors import (
     NoCheckpointError,
     warn,
 )
-from trainkit.hparams import namespaces_of, plain_hparams
+from trainkit.hparams import namespaces_of, plain_hparams, tell_of_secrets
 from trainkit.loggers.base import runs_directory
 from trainkit.stages import TrainerFn
 from trainkit.state import ByKey, resume_state
@@ -53,6 +53,7 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         for key, part in resume_state(trainer).items():
             checkpoint[key] = part.state_dict()
     if module.hparams:
+        tell_of_secrets(module)
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = module.hparams_name
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = plain_hparams(module.hparams)
         if namespaces := namespaces_of(module.hparams):
@@ -61,6 +62,7 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         if state := datamodule.state_dict():
             checkpoint[type(datamodule).__qualname__] = state
         if datamodule.hparams:
+            tell_of_secrets(datamodule)
             checkpoint[datamodule.CHECKPOINT_HYPER_PARAMS_NAME] = datamodule.hparams_name
             checkpoint[datamodule.CHECKPOINT_HYPER_PARAMS_KEY] = plain_hparams(datamodule.hparams)
     trainer.hooks.on_save_checkpoint(checkpoint)

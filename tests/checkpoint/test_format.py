@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import io
 import math
+import os
 import re
 import struct
 import subprocess
@@ -379,7 +380,7 @@ def test_a_sink_that_takes_a_few_bytes_at_a_time_gets_them_all(tmp_path: Path) -
     assert torch.equal(format.read(file)["w"], torch.arange(300))
 
 
-def test_saving_and_loading_need_no_second_copy(tmp_path: Path) -> None:
+def test_saving_and_loading_need_no_second_copy(tmp_path: Path, checkout: Path) -> None:
     program = """
 import resource, torch
 from trainkit.checkpoint import format
@@ -396,7 +397,14 @@ found = format.read("x.ckpt")
 assert found["w"][31][-1] == 1
 print(saved, peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     saved, loaded = map(float, done.stdout.split())
     assert saved < 16  # MB, of a state with 128
     assert loaded < 24

@@ -395,7 +395,7 @@ def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Show a warning; of trainkit's own only the text, because where it was raised tells the user nothing."""
-    if filename.startswith(os.path.dirname(__file__) + os.sep):
+    if filename.startswith((os.path.dirname(__file__) + os.sep, "<frozen runpy>")) or filename == sys.argv[0]:
         return f"warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 

@@ -83,6 +83,14 @@ def hidden_in(value: Any, path: str = "") -> list[str]:
     return []
 
 
+def without_hidden(value: Any) -> Any:
+    """Return what was read without the entries that are "***" in a secret's place."""
+    if isinstance(value, Mapping):
+        kept = ((key, item) for key, item in value.items() if not (_is_hidden(item) and is_secret(key)))
+        return {key: without_hidden(item) for key, item in kept}
+    return value
+
+
 def redacted_words(words: Sequence[str]) -> list[str]:
     """Return a command line's words with "***" in the place of secrets: `--model.api_key=***`."""
     shown: list[str] = []

@@ -28,6 +28,7 @@ from trainkit.module import Module
 from trainkit.optim import Schedules, configure
 from trainkit.profiler.actions import actions_of, recorded
 from trainkit.random import seed_of_state
+from trainkit.redaction import redacted
 from trainkit.signals import Interrupted
 from trainkit.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainkit.update import StepOptimizer, Update
@@ -203,7 +204,7 @@ def log_hyperparameters(trainer: Trainer) -> None:
     owners: list[HyperParameters] = [owner for owner in (trainer.module, trainer.datamodule) if owner is not None]
     for owner in owners:
         tell_of_secrets(owner)
-    hparams = merged_hparams(owners)
+    hparams = redacted(merged_hparams(owners))
     for logger in trainer.loggers:
         if hparams:
             logger.log_hyperparams(hparams)

@@ -290,6 +290,11 @@ def test_a_forged_table_is_refused_with_the_reason(old: str, new: str, reason: s
         format.read(io.BytesIO(forged(replaced(old, new))))
 
 
+def test_a_file_in_the_other_byte_order_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="it is not in the byte order of this machine"):
+        format.read(io.BytesIO(forged(lambda text: text, byteorder=b"big")))
+
+
 def test_sparse_indices_that_point_outside_are_refused() -> None:
     sparse = {
         "layout": "coo",

@@ -148,6 +148,17 @@ def read_table(file: BinaryIO) -> bytes:
     return bytes(table)
 
 
+def is_ours(file: BinaryIO) -> bool:
+    """Whether trainkit wrote an open file, which may be damaged: its last record is, or seems to be, trainkit.json."""
+    try:
+        read_table(file)
+    except NotOurs:
+        return False
+    except Damaged:
+        return _mentions_table(_last(file, size_of(file), 4096))
+    return True
+
+
 def expected_size(records: Sequence[Record], table: bytes) -> int:
     """Return how many bytes a file with these records has."""
     position, _, everything = _layout(records, table)

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from trainkit.checkpoint import archive
-from trainkit.checkpoint.archive import Damaged, NotOurs
 from trainkit.errors import CheckpointError
 
 _CHUNK = 1 << 20
@@ -42,13 +41,7 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
         OSError: it can't be read.
     """
     with open(path, "rb") as file:
-        try:
-            archive.read_table(file)
-        except NotOurs:
-            return False
-        except Damaged as error:
-            return "is empty" not in str(error) and "is cut off" not in str(error)
-    return True
+        return archive.is_ours(file)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

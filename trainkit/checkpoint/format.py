@@ -88,6 +88,9 @@ def read(source: Source) -> dict[str, Any]:
             storages[record.name] = UntypedStorage(record.size)  # type: ignore[no-untyped-call]
             return _bytes_of(storages[record.name])
 
+        own = hashlib.sha256(sys.byteorder.encode()).hexdigest()
+        if not any(record.name == "byteorder" and record.sha256 == own for record in found.records):
+            raise CheckpointError(f"{name} is refused: it is not in the byte order of this machine, {sys.byteorder}.")
         table.check(file, found, memory)
         return _decoded(found, Decoder(lambda info: build(info, storages)), name)
 

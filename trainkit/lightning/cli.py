@@ -39,7 +39,7 @@ from trainkit.lightning.parser import OptimizerCallable as OptimizerCallable
 from trainkit.lightning.parser import ReduceLROnPlateau as ReduceLROnPlateau
 from trainkit.lightning.parser import class_from_function, class_spec, module_type
 from trainkit.lightning.stand_in import renamed, standing_in
-from trainkit.redaction import HIDDEN, is_secret, redacted
+from trainkit.redaction import HIDDEN, is_secret, redacted, without_hidden
 
 
 class SaveConfigCallback(Callback):
@@ -302,7 +302,7 @@ class LightningCLI:
         path = self.config[subcommand].get("ckpt_path") if subcommand else None
         if not path or not os.path.isfile(path):
             return
-        hparams = dict(store.load(path).get("hyper_parameters") or {})
+        hparams = dict(without_hidden(store.load(path).get("hyper_parameters") or {}))
         hparams.pop("_instantiator", None)
         if not hparams:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import os
 import pickle
@@ -140,3 +141,22 @@ def test_ours_is_told_from_theirs(tmp_path: Path) -> None:
     content = (tmp_path / "ours.ckpt").read_bytes()
     (tmp_path / "ours.ckpt").write_bytes(content[:-30] + b"x" + content[-29:])
     assert foreign.is_ours(tmp_path / "ours.ckpt")
+
+
+def test_nothing_else_in_the_package_unpickles_or_runs_text(checkout: Path) -> None:
+    forbidden = {
+        "eval",
+        "exec",
+        "torch.load",
+        "pickle.load",
+        "pickle.loads",
+        "pickle.Unpickler",
+        "numpy.load",
+        "marshal",
+    }
+    found = {}
+    for path in [*checkout.glob("trainkit/**/*.py"), *checkout.glob("callbacks/*.py")]:
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        if calls & forbidden:
+            found[str(path.relative_to(checkout))] = calls & forbidden
+    assert found == {"trainkit/checkpoint/foreign.py": {"torch.load"}}

@@ -185,6 +185,7 @@ class ModelCheckpoint(Checkpoint):
         if train_time_interval is not None:
             self.train_time_interval = parse_duration(train_time_interval, "ModelCheckpoint(train_time_interval=...)")
         self._resumed_from: str | None = None
+        self._named: str | None = None  # the same, if it was named: somebody may want it again
         self._ownership: Ownership | None = None
         self.failed_saves = 0
         self.save_seconds: float | None = None
@@ -300,6 +301,7 @@ class ModelCheckpoint(Checkpoint):
         if self._watch is not None:
             self._watch.begin()
         self._resumed_from = trainer.resume_path
+        self._named = trainer.resume_path if trainer.resumed_by_name else None
         if stage != "fit" or trainer.fast_dev_run:
             return
         directory = self._given_dirpath or store.real(os.path.join(trainer.run_dir, "checkpoints"))

@@ -377,11 +377,12 @@ class Trainer(Status):
 
     def read_checkpoint(self, ckpt_path: str | os.PathLike[str] | None, stage: str) -> None:
         """Read the checkpoint that `ckpt_path` means, and let the loggers go on where it was written."""
-        self.checkpoint, self.resume_path = None, None
+        self.checkpoint, self.resume_path, self.resumed_by_name = None, None, False
         path = restore.resolve(self, ckpt_path, stage)
         if path is None:
             return
         self.checkpoint, self.resume_path = self.checkpoint_io.load_checkpoint(path), str(path)
+        self.resumed_by_name = ckpt_path is not None and str(ckpt_path) not in ("last", "best")
         if stage == "fit":
             restore.continue_loggers(self.loggers, path, int(self.checkpoint.get("global_step", 0)))
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from trainkit.checkpoint import format, store
-from trainkit.errors import CheckpointError
+from trainkit.checkpoint import disk, format, store
+from trainkit.errors import CheckpointError, CheckpointExistsError
 
 STATE = {"global_step": 3, "epoch": 0, "optimizer_states": [], "state_dict": {"w": torch.arange(4000.0)}}
 
@@ -54,25 +55,22 @@ def test_a_full_device_ends_in_an_error_and_not_in_a_crash() -> None:
 
 def test_an_interrupt_while_writing_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.save(tmp_path / "x.ckpt", run_of(1))
-    layer = Faults(0, 0)
 
     def interrupt(*_: Any) -> int:
         raise KeyboardInterrupt
 
-    layer.write = interrupt  # type: ignore[attr-defined]
-    monkeypatch.setattr(store, "os", layer)
-    with pytest.raises(KeyboardInterrupt):
-        store.save(tmp_path / "x.ckpt", run_of(2))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.save(tmp_path / "x.ckpt", run_of(2))
     assert names(tmp_path) == ["x.ckpt"]
     assert store.step_of(tmp_path / "x.ckpt") == 1
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
-def test_where_there_are_no_hard_links_the_file_is_copied(
-    code: int, tmp_path: Path, faults: Callable[[int, int], Faults]
-) -> None:
+def test_where_there_are_no_hard_links_the_file_is_copied(code: int, tmp_path: Path, faulty: Any) -> None:
     store.save(tmp_path / "1.ckpt", run_of(1))
-    faults(1, code)
+    faulty.start(1, code)
     store.link_or_copy(tmp_path / "1.ckpt", tmp_path / "last.ckpt")
     assert store.load(tmp_path / "last.ckpt")["global_step"] == 1
     assert not os.path.samefile(tmp_path / "1.ckpt", tmp_path / "last.ckpt")
@@ -123,12 +121,10 @@ def test_a_file_that_can_not_be_removed_is_a_warning(tmp_path: Path) -> None:
 
 
 # ---- the directory
-def test_preparing_proves_that_the_directory_can_be_written(
-    tmp_path: Path, faults: Callable[[int, int], Faults]
-) -> None:
+def test_preparing_proves_that_the_directory_can_be_written(tmp_path: Path, faulty: Any) -> None:
     store.prepare(tmp_path / "runs" / "1")
     assert names(tmp_path / "runs" / "1") == []
-    faults(2, errno.ENOSPC)
+    faulty.start(2, errno.ENOSPC)
     with pytest.raises(CheckpointError, match=r"nothing can be written to the directory .*runs/1: the disk is full"):
         store.prepare(tmp_path / "runs" / "1")
     assert names(tmp_path / "runs" / "1") == []
@@ -136,18 +132,18 @@ def test_preparing_proves_that_the_directory_can_be_written(
 
 def test_leftovers_of_dead_writers_are_swept_and_nothing_else(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    machine = f"{store.TEMPORARY}{store._machine()}"
+    machine = f"{disk.TEMPORARY}{disk.machine()}"
     leftovers = [f"{machine}-{int(dead.stdout)}-00000000", f"{machine}-{os.getpid()}-00000001"]
     others = [
         f"{machine}-{os.getppid()}-00000002",  # a writer that lives
-        f"{store.TEMPORARY}00000000-{int(dead.stdout)}-00000003",  # a writer on another machine
-        f"{store.TEMPORARY}notes",
+        f"{disk.TEMPORARY}00000000-{int(dead.stdout)}-00000003",  # a writer on another machine
+        f"{disk.TEMPORARY}notes",
         ".hidden",
         "x.ckpt",
     ]
     for name in leftovers + others:
         (tmp_path / name).write_text("x")
-    store.prepare(tmp_path)
+    disk.sweep(tmp_path)
     assert names(tmp_path) == sorted(others)
 
 
@@ -156,7 +152,7 @@ def test_a_file_being_written_is_not_swept(tmp_path: Path, monkeypatch: pytest.M
 
     def sweep_meanwhile(file: Any, state: dict[str, Any]) -> None:
         write(file, state)
-        assert store.sweep(tmp_path) == []
+        assert disk.sweep(tmp_path) == []
 
     monkeypatch.setattr(format, "write", sweep_meanwhile)
     store.save("x.ckpt", STATE)
@@ -164,8 +160,8 @@ def test_a_file_being_written_is_not_swept(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_machine_is_told_by_its_name() -> None:
-    assert len(store._machine()) == 8
-    assert socket.gethostname() not in store._machine()
+    assert len(disk.machine()) == 8
+    assert socket.gethostname() not in disk.machine()
 
 
 # ---- killed
@@ -173,7 +169,7 @@ KILLING = r"""
 import os, random, signal, sys, time, warnings
 from pathlib import Path
 import torch
-from trainkit.checkpoint import store
+from trainkit.checkpoint import disk, store
 
 torch.set_num_threads(1)
 directory, trials, draw = Path(sys.argv[1]), int(sys.argv[2]), random.Random(2)
@@ -191,7 +187,8 @@ def save_for_ever(step, acknowledge):
 warnings.simplefilter("error")  # a file that is skipped would be a warning
 step = left_behind = 0
 for trial in range(trials):
-    store.prepare(directory)
+    disk.make_directory(directory)
+    disk.sweep(directory)
     assert not [name for name in os.listdir(directory) if name.startswith(".")]
     reading, writing = os.pipe()
     child = os.fork()
@@ -236,3 +233,70 @@ def test_a_process_killed_in_hundreds_of_saves_never_leaves_a_file_that_does_not
     saves, left_behind = killed_while_saving(tmp_path / "checkpoints", 500, checkout)
     assert saves > 100
     assert left_behind > 100
+
+
+# ---- names
+def test_a_name_that_is_taken_is_not_taken_away_unless_that_is_meant(tmp_path: Path) -> None:
+    store.save(tmp_path / "x.ckpt", run_of(1), replace=False)
+    with pytest.raises(CheckpointExistsError, match=r"x\.ckpt was not written: there is one of that name already"):
+        store.save(tmp_path / "x.ckpt", run_of(2), replace=False)
+    with pytest.raises(FileExistsError):
+        store.link_or_copy(tmp_path / "x.ckpt", tmp_path / "x.ckpt", replace=False)
+    assert store.step_of(tmp_path / "x.ckpt") == 1
+    store.save(tmp_path / "x.ckpt", run_of(2))
+    assert store.step_of(tmp_path / "x.ckpt") == 2
+    assert names(tmp_path) == ["x.ckpt"]
+
+
+def test_of_many_that_want_one_name_at_once_one_gets_it(tmp_path: Path) -> None:
+    def save(step: int) -> bool:
+        try:
+            store.save(tmp_path / "x.ckpt", run_of(step), replace=False)
+        except CheckpointExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        got = list(threads.map(save, range(40)))
+    assert sum(got) == 1
+    assert store.step_of(tmp_path / "x.ckpt") == got.index(True)
+    assert names(tmp_path) == ["x.ckpt"]
+
+
+@pytest.mark.parametrize("mask", [0, 0o077, 0o027])
+def test_only_the_owner_can_read_whatever_the_umask_is(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        store.save(tmp_path / "new" / "x.ckpt", STATE)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(tmp_path / "new").st_mode) == 0o700
+    assert stat.S_IMODE(os.stat(tmp_path / "new" / "x.ckpt").st_mode) == 0o600
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_the_system_hears_it_in_this_order(tmp_path: Path, checkout: Path) -> None:
+    code = (
+        "import torch; from trainkit.checkpoint import store; "
+        + "store.save('run/x.ckpt', {'w': torch.ones(9)}, False)"
+    )
+    calls = "openat,write,fsync,close,rename,renameat,renameat2,link,unlink,mkdir"
+    run = subprocess.run(
+        ["strace", "-f", "-y", "-o", "calls", "-e", f"trace={calls}", sys.executable, "-c", code],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(checkout)}, timeout=100,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    lines = [line.split(None, 1)[1] for line in Path("calls").read_text().splitlines()]
+    start = next(number for number, line in enumerate(lines) if line.startswith("mkdir(") and "/run" in line)
+    ours = [line for line in lines[start:] if '"run' in line or f"{tmp_path}/run" in line or f"{tmp_path}>)" in line]
+    lines = [line for line in ours if not line.startswith("openat") or "run" in line.split('"')[1]]
+    names = [line.split("(")[0] for line in lines]
+    names = [name for number, name in enumerate(names) if name != "write" or names[number - 1] != "write"]
+    assert names == [
+        "mkdir", "fsync", "close",  # the directory
+        "openat", "write", "fsync", "close", "renameat2",  # the file
+        "unlink",  # of a name that is gone
+        "openat", "fsync", "close",
+    ]  # fmt: skip
+    assert all(flag in lines[3] for flag in ("O_EXCL", "O_NOFOLLOW", "O_CLOEXEC", "0600", ".trainkit-"))
+    assert "RENAME_NOREPLACE" in lines[names.index("renameat2") - len(names)]

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import resource
-import socket
 import stat
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from trainkit.checkpoint import format, store
+from trainkit.checkpoint import store
 from trainkit.errors import CheckpointError
 
 STATE = {"global_step": 3, "epoch": 0, "optimizer_states": [], "state_dict": {"w": torch.arange(4000.0)}}
@@ -161,3 +156,14 @@ def test_checkpoints_of_which_none_loads_are_an_error(tmp_path: Path) -> None:
     assert "b.ckpt is not a checkpoint of a run: it has no global_step" in str(caught.value)
     assert "c.ckpt is not a checkpoint of trainkit: it has no record trainkit.json." in str(caught.value)
     assert f"trainkit convert {tmp_path}/c.ckpt NEW.ckpt" in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_the_newest_only_if_there_is_nothing_better(tmp_path: Path) -> None:
+    nan = {"w": torch.tensor([1.0, float("nan")])}
+    store.save(tmp_path / "3.ckpt", run_of(3, state_dict=nan))
+    assert store.newest(tmp_path) == tmp_path / "3.ckpt"
+    store.save(tmp_path / "2.ckpt", run_of(2))
+    store.save(tmp_path / "4.ckpt", run_of(4, state_dict=nan))
+    with pytest.warns(UserWarning, match=r"the weights in .*[34]\.ckpt are not finite\. .*2\.ckpt is used") as told:
+        assert store.newest(tmp_path) == tmp_path / "2.ckpt"
+    assert len(told) == 2

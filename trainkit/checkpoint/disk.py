@@ -109,11 +109,14 @@ def link_or_copy(source: StrPath, path: StrPath, symbolic: bool = False, replace
             os.symlink(os.path.relpath(origin, directory), temporary)
         else:
             os.link(origin, temporary)
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return copy(origin, target, replace)
+        raise _not_written(target, error) from error
+    try:
         _rename(temporary, target, replace)
     except OSError as error:
         discard(temporary)
-        if error.errno in _NO_LINKS and not isinstance(error, FileExistsError):
-            return copy(origin, target, replace)
         raise _not_written(target, error) from error
     discard(temporary)  # a rename between two names of one file does nothing
     _sync_name(target, replace)

@@ -42,6 +42,7 @@ class Keeper(Protocol):
     _snapshot: Snapshot | None
     _never_finite: frozenset[str]
     _resumed_from: str | None
+    _named: str | None
     _warned: set[str]
 
     @property

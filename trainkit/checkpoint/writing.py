@@ -135,7 +135,7 @@ def tidy(callback: Keeper, trainer: Trainer) -> None:
     for path in doomed:
         if path in needed:
             files.doomed.append(path)
-        elif not _same(path, callback._resumed_from):  # which somebody named, and may want again
+        elif not _same(path, callback._named):  # which somebody named, and may want again
             trainer.checkpoint_io.remove_checkpoint(path)
             if local and os.path.lexists(path):
                 files.doomed.append(path)

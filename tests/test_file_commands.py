@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from trainkit.checkpoint import format, store
+from trainkit.checkpoint import archive, format, store, table
 from trainkit.cli import main
 
 THEIRS = Path(__file__).parent / "lightning" / "checkpoints"
@@ -97,6 +98,18 @@ def test_what_a_file_says_can_not_play_with_the_terminal(capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert not any(character in shown for character in "\x1b\x07\r")
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_inspect_is_not_led_astray_by_a_table_that_only_looks_like_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for shape in (["x"], 7, [[]]):
+        tensor = {"record": "data/0", "dtype": "float32", "shape": shape}
+        state = json.dumps({"state_dict": {"w": {"$tensor": tensor}}})
+        with open("x.ckpt", "wb") as file:
+            writer = archive.Writer(file)
+            writer.add(archive.TABLE, table.compose(state, [], True, {}))
+            writer.close()
+        assert main(["inspect", "x.ckpt"]) == 1
+        assert "no: its trainkit.json is not what trainkit writes." in capsys.readouterr().out
 
 
 def test_inspect_answers_without_torch_and_into_a_closed_pipe(checkout: Path) -> None:

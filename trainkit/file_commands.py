@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trainkit.checkpoint import table
+from trainkit.checkpoint import archive, table
 from trainkit.checkpoint.table import Table
 from trainkit.errors import CheckpointError
 
@@ -110,13 +110,17 @@ def _inspect(path: str, everything: bool, first: bool) -> bool:
     """Print what is in a file and return whether it is whole."""
     print(path if first else f"\n{path}", flush=True)
     found, problem = _looked_into(path)
-    if found is not None and not problem:
-        _line("whole", f"yes, every byte of {len(found.records) + 1} records ({_size(os.path.getsize(path))}) verified")
-    else:
-        _line("whole", f"no: {problem}")
+    lines: list[tuple[str, str]] = []
     if found is not None:
-        for label, text in _contents(found, everything):
-            _line(label, text)
+        try:
+            lines = list(_contents(found, everything))
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError):
+            problem = problem or f"its {archive.TABLE} is not what trainkit writes."
+    size = _size(os.path.getsize(path)) if found is not None else ""
+    good = f"yes, every byte of {len(found.records) + 1} records ({size}) verified" if found is not None else ""
+    _line("whole", f"no: {problem}" if problem else good)
+    for label, text in lines:
+        _line(label, text)
     return not problem
 
 

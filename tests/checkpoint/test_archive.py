@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
+import pickle
+import random
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -204,8 +209,6 @@ def forged(change: Any, **records: bytes) -> bytes:
 
 
 def resigned(text: bytes) -> bytes:
-    import hashlib
-
     zeroed = text[:11] + b"0" * 64 + text[75:]
     return text[:11] + hashlib.sha256(zeroed).hexdigest().encode() + text[75:]
 
@@ -325,10 +328,45 @@ def test_an_oversized_table_is_refused_before_it_is_read(monkeypatch: pytest.Mon
         format.head(io.BytesIO(content))
 
 
-def test_data_pkl_is_never_unpickled(tmp_path: Path) -> None:
-    import os
-    import pickle
+KINDS = ["$tensor", "$tuple", "$float", "$int", "$complex", "$dict", "$ordered", "$counter", "$set", "$bytes", "$size"]
+KINDS += ["$frozenset", "$bytearray", "$dtype", "$device", "$array", "$scalar", "$sparse", "$metadata", "$", "$other"]
+WORDS = [None, True, 0, -1, 3, 1 << 62, 1 << 200, 1e308, "", "float32", "data/0", "coo", "csr", "0x12", "cpu", [], {}]
 
+
+def junk(draw: random.Random, value: Any) -> Any:
+    """The same typed JSON with something wrong here and there."""
+    if draw.random() < 0.02:
+        return draw.choice([*WORDS, [draw.choice(WORDS)], {draw.choice(KINDS): draw.choice(WORDS)}])
+    if isinstance(value, list):
+        return [junk(draw, item) for item in value]
+    if isinstance(value, dict):
+        return {draw.choice(KINDS) if draw.random() < 0.02 else key: junk(draw, item) for key, item in value.items()}
+    return value
+
+
+def test_whatever_a_table_says_it_is_read_or_refused_and_nothing_else_happens() -> None:
+    state = {**STATE, "array": np.arange(4), "sparse": torch.eye(3).to_sparse(), "pairs": {1: (2.5, 1j), (1,): b"x"}}
+    state.update(scalar=np.float32(1), large=1 << 80, inf=float("inf"), kinds=[torch.int8, torch.Size([2]), {3}])
+    records = {name: written(state)[start:stop] for name, (start, stop) in records_of(written(state)).items()}
+    own, draw, outcomes = json.loads(records.pop("trainkit.json"))["state"], random.Random(0), set()
+    for _ in range(1500):
+        file = io.BytesIO()
+        writer = archive.Writer(file)
+        for name, contents in records.items():
+            writer.add(name, contents)
+        writer.add(archive.TABLE, table.compose(json.dumps(junk(draw, own)), writer.records, True, {}))
+        writer.close()
+        for use in (format.head, format.read):
+            try:
+                use(file)
+            except CheckpointError as error:
+                outcomes.add(str(error).partition(":")[0])
+            else:
+                outcomes.add("read")
+    assert {"read", "the checkpoint is refused"} <= outcomes
+
+
+def test_data_pkl_is_never_unpickled(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
             return os.mkdir, (str(tmp_path / "it_ran"),)

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from trainkit import Callback
 from trainkit.callbacks.monitor import Event, Watch, check_mode, looks_at_epoch_end
-from trainkit.checkpoint import naming, policy, store
-from trainkit.checkpoint.io import CheckpointIO
-from trainkit.checkpoint.ledger import Decision, Finder, Outcome, Written, described, free_path
+from trainkit.checkpoint import disk, naming, policy, saving, store
+from trainkit.checkpoint.ledger import Decision, Files, Finder, Outcome, Written, described, free_path
+from trainkit.checkpoint.lock import Ownership
+from trainkit.checkpoint.outcome import outcome_of
 from trainkit.checkpoint.policy import Moment, Saved
+from trainkit.checkpoint.snapshot import Snapshot
+from trainkit.checkpoint.writing import newest_known, save, saves, tidy
 from trainkit.duration import parse_duration
-from trainkit.errors import CheckpointError, MisconfigurationException, nearest
+from trainkit.errors import CheckpointError, MisconfigurationException, nearest, warn
 from trainkit.metrics import numbers
 
 if TYPE_CHECKING:
@@ -43,9 +46,14 @@ class ModelCheckpoint(Checkpoint):
     its whole state as `last.ckpt`, whatever is set here, unless `save_top_k=0` and `save_last` say that nothing is
     wanted.
 
+    A file is whole under its name, or it is not there, and what it replaces goes when it is on the disk. Weights that
+    are not finite rank behind all others: they never replace the last finite ones, neither `last.ckpt` nor the best,
+    and without `monitor` both are kept until there are finite ones again. Several runs can save to one directory: names
+    are never taken away, and each removes its own files only.
+
     Args:
-        dirpath: where the files go; it is made if need be. None: `checkpoints` in the run directory
-            (`trainer.run_dir`).
+        dirpath: where the files go; it is made if need be. An address such as "s3://bucket/run" is a place that fsspec
+            knows (`pip install trainkit[remote]`). None: `checkpoints` in the run directory (`trainer.run_dir`).
         filename: a template such as "{epoch}-{val_loss:.2f}". Every metric, "epoch" and "step" can be in it; a metric
             that is not there becomes 0. A "/" makes directories. None: "{epoch}-{step}". A file that is there already
             is not overwritten: the new one ends in "-v1".
@@ -67,6 +75,14 @@ class ModelCheckpoint(Checkpoint):
         save_on_train_epoch_end: with `every_n_epochs`, True saves at the end of the training epoch, False after
             validation. None: after validation when there is more or less than one in each epoch.
         enable_version_counter: False overwrites a file that is there already.
+        keep_last: keep this many of the newest as well, among the best or not.
+        keep_every_n_steps: keep the first one at or after each multiple of so many updates as well, for good.
+        asynchronous: write in another thread. Training stands still while the state is copied to host memory, which is
+            used again each time; it waits if the save before is still under way. What a save leads to, removed files
+            and loggers that hear of it, follows at the first save point after it is on the disk. The end of a run and
+            a signal wait for it.
+        on_save_error: what a save that fails leads to, on a full disk for example: "continue" warns each time, counts
+            it in `failed_saves` and tries again at the next one; "stop" ends the run with the error.
 
     Attributes:
         best_model_path: the best file; without `monitor` the newest. "" before the first.
@@ -75,6 +91,8 @@ class ModelCheckpoint(Checkpoint):
         kth_best_model_path, kth_value: the worst of them, once there are k; always if all are kept.
         last_model_path: `last.ckpt`, "" before the first.
         current_score: the metric of what was saved last among the best.
+        failed_saves: how many saves of this run failed.
+        save_seconds: how long the last save took to be on the disk, None before the first.
 
     Raises:
         MisconfigurationException: arguments that can't work; when training begins, a directory that can't be written;
@@ -109,6 +127,11 @@ class ModelCheckpoint(Checkpoint):
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
+        *,
+        keep_last: int = 0,
+        keep_every_n_steps: int = 0,
+        asynchronous: bool = False,
+        on_save_error: Literal["continue", "stop"] = "continue",
     ) -> None:
         check_mode("ModelCheckpoint", mode)
         self._watch = None if monitor is None else Watch("ModelCheckpoint", monitor, mode, counters=True)
@@ -125,6 +148,14 @@ class ModelCheckpoint(Checkpoint):
                 f"ModelCheckpoint(save_top_k={save_top_k}) needs monitor=..., the metric that says which are best. "
                 "Without one, save_top_k can be 1 (the newest), -1 (all) or 0 (none)."
             )
+        self.keep_last = _whole("keep_last", keep_last, least=0)
+        self.keep_every_n_steps = _whole("keep_every_n_steps", keep_every_n_steps, least=0)
+        self.asynchronous = asynchronous
+        if on_save_error not in ("continue", "stop"):
+            raise MisconfigurationException(
+                f'ModelCheckpoint(on_save_error=...) must be "continue" or "stop". Received: {on_save_error!r}.'
+            )
+        self.on_save_error = on_save_error
         self.save_weights_only = save_weights_only
         self.auto_insert_metric_name = auto_insert_metric_name
         self.enable_version_counter = enable_version_counter
@@ -133,7 +164,7 @@ class ModelCheckpoint(Checkpoint):
         self.filename = filename
         if filename is not None:
             naming.check_template(filename, "ModelCheckpoint(filename=...)")
-        self._given_dirpath = None if dirpath is None else _directory(dirpath)
+        self._given_dirpath = None if dirpath is None else store.real(dirpath)
         self.dirpath: str | None = self._given_dirpath
 
         rhythms = {
@@ -154,6 +185,10 @@ class ModelCheckpoint(Checkpoint):
         if train_time_interval is not None:
             self.train_time_interval = parse_duration(train_time_interval, "ModelCheckpoint(train_time_interval=...)")
         self._resumed_from: str | None = None
+        self._named: str | None = None  # the same, if it was named: somebody may want it again
+        self._ownership: Ownership | None = None
+        self.failed_saves = 0
+        self.save_seconds: float | None = None
         self._forget()
         self._end_run()
 
@@ -166,6 +201,7 @@ class ModelCheckpoint(Checkpoint):
         self.kth_value: Tensor = torch.tensor(math.inf if self.mode == "min" else -math.inf)
         self.last_model_path = ""
         self.current_score: Tensor | None = None
+        self._files = Files()
 
     def _end_run(self) -> None:
         self._running = False
@@ -178,6 +214,12 @@ class ModelCheckpoint(Checkpoint):
         self._clock = math.inf
         self._written: Written | None = None
         self._warned: set[str] = set()
+        self._in_flight = False
+        self._snapshot: Snapshot | None = None
+        self._never_finite: frozenset[str] = frozenset()  # buffers that are made so, as the masks of attention are
+        if self._ownership is not None:
+            self._ownership.release()
+        self._ownership = None
 
     def _begin_policies(self, trainer: Trainer) -> None:
         """Work out when to save, now that it is known when there is validation."""
@@ -208,19 +250,22 @@ class ModelCheckpoint(Checkpoint):
         names += ["kth_best_model_path", "kth_value", "last_model_path"]
         state: dict[str, Any] = {"monitor": self.monitor, "dirpath": self.dirpath, "waiting": self._waiting}
         state.update({name: getattr(self, name) for name in names}, fresh=bool(self._watch and self._watch.fresh))
+        outcome = None
         if self._decision is not None:
             outcome = self._outcome(self._decision)
             state.update(outcome.attributes, pending=[path for path in (outcome.path, outcome.last) if path])
-        return state
+            state["last_model_path"] = outcome.last or self.last_model_path
+        return {**state, **self._files.after(outcome).state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what is known about the files that are still there, if they are in this callback's directory.
 
         A directory that was moved as a whole counts as the same one. From another directory only `best_model_path` is
-        taken.
+        taken, and from one that another run is using: the files there are that run's.
         """
         before = state_dict.get("dirpath")
-        find = Finder(self.dirpath, before, self._resumed_from or "", state_dict.get("pending", ()))
+        shared = self._ownership is not None and self._ownership.owner
+        find = Finder(self.dirpath, before, self._resumed_from or "", () if shared else state_dict.get("pending", ()))
         self.best_model_path = find(state_dict["best_model_path"])
         if not find.same:
             warnings.warn(
@@ -228,19 +273,26 @@ class ModelCheckpoint(Checkpoint):
                 f"the best {self.save_top_k} are counted anew.",
                 stacklevel=2,
             )
+        if shared or not find.same:
             return
         self._waiting = state_dict.get("waiting", False)
         self.current_score = state_dict.get("current_score")
+        scores = {find(path): torch.as_tensor(score) for path, score in state_dict["best_k_models"].items()}
+        scores.pop("", None)
+        if "kept" in state_dict:
+            self._files.load(state_dict, find)
+        else:  # Lightning's
+            newest = [self.best_model_path] if self.monitor is None and self.best_model_path else []
+            self._files.kept = [Saved(path, float(score)) for path, score in scores.items()] or [*map(Saved, newest)]
         if self._watch is not None:
             self._watch.fresh = state_dict.get("fresh", False)
-            scores = {find(path): torch.as_tensor(score) for path, score in state_dict["best_k_models"].items()}
-            scores.pop("", None)
-            saved = [Saved(path, float(score)) for path, score in scores.items()]
-            self._set(described(saved, scores, self.save_top_k, self.mode))
+            ranked = [one for one in self._files.kept if one.path in scores]
+            self._set(described(ranked, scores, self.save_top_k, self.mode))
         self.last_model_path = find(state_dict["last_model_path"])
         resumed_last = os.path.basename(find.resumed_from).startswith(self.CHECKPOINT_NAME_LAST)
         if not self.last_model_path and find.beside and resumed_last:
             self.last_model_path = find.resumed_from
+        self._files.last = self.last_model_path
 
     # ---- hooks
     def setup(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
@@ -249,12 +301,13 @@ class ModelCheckpoint(Checkpoint):
         if self._watch is not None:
             self._watch.begin()
         self._resumed_from = trainer.resume_path
+        self._named = trainer.resume_path if trainer.resumed_by_name else None
         if stage != "fit" or trainer.fast_dev_run:
             return
-        directory = self._given_dirpath or os.path.realpath(os.path.join(trainer.run_dir, "checkpoints"))
+        directory = self._given_dirpath or store.real(os.path.join(trainer.run_dir, "checkpoints"))
         if directory != self.dirpath or (trainer.global_step == 0 and trainer.resume_path is None):
             self._forget()
-        self.dirpath = directory
+        self.dirpath, self.failed_saves = directory, 0
         if trainer.is_global_zero:
             try:
                 store.prepare(directory)
@@ -263,6 +316,20 @@ class ModelCheckpoint(Checkpoint):
                     f"checkpoints can't be saved: {error} Choose another directory with ModelCheckpoint(dirpath=...) "
                     "or Trainer(default_root_dir=...), or save none with Trainer(enable_checkpointing=False)."
                 ) from error
+            if not store.is_remote(directory):
+                self._claim(directory)
+
+    def _claim(self, directory: str) -> None:
+        """Take the directory for this run; its owner tidies up after those that died."""
+        self._ownership = Ownership(directory)
+        if self._ownership.owner:
+            warn(
+                f"{directory} is in use by another run, {self._ownership.owner}. Both go on: names that are taken get "
+                "a version, and nothing of the other run is removed. Give each run a directory of its own with "
+                "ModelCheckpoint(dirpath=...)."
+            )
+        else:
+            disk.sweep(directory)
 
     def on_train_start(self, trainer: Trainer, pl_module: Module) -> None:
         """Start counting steps and time."""
@@ -272,6 +339,9 @@ class ModelCheckpoint(Checkpoint):
         self._running = True
         self._clock = time.monotonic()
         self._decided_step = trainer.global_step
+        buffers = saving.not_finite(dict(pl_module.named_buffers()))
+        self._never_finite = frozenset(buffers)
+        tidy(self, trainer)  # what the process that wrote the checkpoint did not live to remove
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Decide, if it is decided by steps or by time."""
@@ -302,30 +372,46 @@ class ModelCheckpoint(Checkpoint):
             self._decide_if_due(trainer, "epoch")
 
     def on_save_point(self, trainer: Trainer, pl_module: Module) -> None:
-        """Write what was decided."""
-        if (self._decision is None and not trainer.interrupted) or not self._running:
+        """Write what was decided; hear of what was written in the meantime."""
+        if (self._decision is None and not self._in_flight and not trainer.interrupted) or not self._running:
             return
+        if self._in_flight and (trainer.background.finished or self._decision is not None or trainer.interrupted):
+            trainer.background.settle()
         try:
             if trainer.interrupted and self._saves_interrupted(trainer):
                 self._decide_last(trainer)
             if self._decision is not None:
-                self._save(self._decision)
+                save(self, self._decision, self.asynchronous and not trainer.interrupted)
         finally:
             self._decision = None
 
     def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
-        """Save `last` if nothing was saved before; say so when it looked for the metric and never found it."""
-        if self._running and self.save_last and self._written is None:
+        """Wait for what is being written; save `last` if nothing was saved before; say what went wrong."""
+        if not self._running:
+            return
+        if self._in_flight:
+            trainer.background.settle()
+        if self.save_last and self._written is None and not self.failed_saves:
             self._decision = Decision(trainer, _epoch_of(trainer), numbers(trainer.callback_metrics), last=True)
-            self._save(self._decision)
-        found = self.best_k_models or self.best_model_path or self._missed
+        if self._decision is not None:
+            save(self, self._decision)
+            self._decision = None
+        tidy(self, trainer)
+        found = self.best_k_models or self.best_model_path or self._missed or self.failed_saves
         if self._looked and self.save_top_k and not found:
             unvalidated = trainer.enable_validation and self._watch is not None and not self._watch.validated
             why = "validation did not run" if unvalidated else "there was no new value when it looked"
             warnings.warn(f"ModelCheckpoint(monitor={self.monitor!r}) kept nothing: {why}.", stacklevel=2)
+        if self.failed_saves:
+            warn(f"ModelCheckpoint: {saves(self.failed_saves)} of this run failed. {newest_known(self)}")
 
     def on_exception(self, trainer: Trainer, pl_module: Module, exception: BaseException) -> None:
         """Save what there is, if that is wanted."""
+        if self._in_flight:
+            try:
+                trainer.background.settle()
+            except Exception as error:
+                exception.add_note(f"ModelCheckpoint: {error}")
         wanted = self.save_on_exception and self._running and not trainer.sanity_checking
         if not wanted or not isinstance(exception, Exception) or isinstance(exception, CheckpointError):
             return
@@ -337,7 +423,7 @@ class ModelCheckpoint(Checkpoint):
         self._outcome(decision).path = self._free_path(decision, self.filename, self._claimed_by_others(trainer), set())
         self._decision = decision
         try:
-            self._save(decision)
+            save(self, decision)
         except Exception as error:
             exception.add_note(f"save_on_exception: nothing was saved: {error}")
         finally:
@@ -345,7 +431,11 @@ class ModelCheckpoint(Checkpoint):
 
     def teardown(self, trainer: Trainer, pl_module: Module, stage: str) -> None:
         """End counting."""
-        self._end_run()
+        try:
+            if self._in_flight:
+                trainer.background.settle()
+        finally:
+            self._end_run()
 
     # ---- deciding
     def _decide_if_due(self, trainer: Trainer, event: Event) -> None:
@@ -368,12 +458,15 @@ class ModelCheckpoint(Checkpoint):
                     warnings.warn(f"{watch.missing(trainer, event)} Nothing is kept without it.", stacklevel=2)
                     self._missed = True
             self._waiting = not ranked and (self._waiting or event == "batch")
-        if not ranked and (not self.save_last or (self._waiting and event != "batch")):
+        listed = bool(self.keep_last or self.keep_every_n_steps)
+        if not ranked and (not (self.save_last or listed) or (self._waiting and event != "batch")):
             return
         if self._decision is not None and self._decision.ranked and not ranked:
             return  # inside an accumulation window: what was decided there is still to be written
         metrics = numbers(trainer.callback_metrics)
-        self._decision = Decision(trainer, trainer.current_epoch, metrics, score, ranked, bool(self.save_last))
+        self._decision = Decision(
+            trainer, trainer.current_epoch, metrics, score, ranked, listed, last=bool(self.save_last)
+        )
 
     def _decide_last(self, trainer: Trainer) -> Decision:
         """Note that `last` is to be written with all that a resumed run needs, whatever else is."""
@@ -394,50 +487,23 @@ class ModelCheckpoint(Checkpoint):
 
         Another callback's checkpoint may be written first, and has this one's attributes in it.
         """
-        step = decision.trainer.global_step
-        if decision.outcome is not None and decision.outcome.step == step:
-            return decision.outcome
-        outcome = decision.outcome = Outcome(step)
-        others = self._claimed_by_others(decision.trainer)
-        if decision.ranked:
-            value = None if decision.score is None else float(decision.score)
-            plan = policy.plan(self._saved(), Saved("", value), self._policy())
-            if plan.write:
-                going = {saved.path for saved in plan.remove}
-                outcome.path = path = self._free_path(decision, self.filename, others, going)
-                outcome.attributes["best_model_path"] = path
-                if decision.score is not None:
-                    worst = math.inf if self.mode == "min" else -math.inf
-                    outcome.attributes["current_score"] = torch.nan_to_num(decision.score, worst, math.inf, -math.inf)
-                    kept = [saved if saved.path else Saved(path, value) for saved in plan.kept]
-                    scores = {**self.best_k_models, path: decision.score}
-                    outcome.attributes.update(described(kept, scores, self.save_top_k, self.mode))
-                outcome.remove = sorted(going - {path})
-        if decision.last:
-            before = self.last_model_path
-            taken = others | ({outcome.path} if outcome.path else set())
-            outcome.last = self._free_path(decision, self.CHECKPOINT_NAME_LAST, taken, {before})
-            outcome.attributes["last_model_path"] = outcome.last
-            if before and before != outcome.last and before not in (outcome.path, *self.best_k_models):
-                outcome.remove.append(before)
-        return outcome
+        if decision.outcome is None or decision.outcome.step != decision.trainer.global_step:
+            decision.outcome = outcome_of(self, decision)
+        return decision.outcome
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether a checkpoint with this metric would be kept among the best; None is no metric."""
-        return current is not None and policy.plan(self._saved(), Saved("", float(current)), self._policy()).write
+        return current is not None and policy.plan(self._files.kept, Saved("", float(current)), self._best()).write
 
-    def _policy(self) -> policy.Keep:
+    def _best(self) -> policy.Keep:
         if self.save_top_k == -1:
             return policy.keep_all
         return (
             policy.keep_last(self.save_top_k) if self.monitor is None else policy.keep_best(self.save_top_k, self.mode)
         )
 
-    def _saved(self) -> tuple[Saved, ...]:
-        if self.monitor is None:
-            newest = self.best_model_path  # may be one of another directory, which is not this callback's to remove
-            return (Saved(newest),) if newest and newest.startswith(os.path.join(self.dirpath or "", "")) else ()
-        return tuple(Saved(path, float(score)) for path, score in self.best_k_models.items())
+    def _also(self) -> policy.Keep:
+        return policy.keep_any(policy.keep_last(self.keep_last), policy.keep_every_n_steps(self.keep_every_n_steps))
 
     def _set(self, attributes: dict[str, Any]) -> None:
         for name, value in attributes.items():
@@ -448,7 +514,7 @@ class ModelCheckpoint(Checkpoint):
         claimed: set[str] = set()
         for other in trainer.callbacks:
             if isinstance(other, ModelCheckpoint) and other is not self:
-                claimed |= {other.best_model_path, other.last_model_path, *other.best_k_models}
+                claimed |= {other.best_model_path, other.last_model_path, *(one.path for one in other._files.kept)}
                 outcome = other._decision.outcome if other._decision is not None else None
                 if outcome is not None:
                     claimed |= {path for path in (outcome.path, outcome.last) if path is not None}
@@ -466,50 +532,10 @@ class ModelCheckpoint(Checkpoint):
 
         return free_path(name, exists, taken, replaceable, not self.enable_version_counter, self.STARTING_VERSION)
 
-    # ---- writing
-    def _save(self, decision: Decision) -> None:
-        """Write, then remember, then remove: in this order nothing good is lost when the process dies."""
-        trainer = decision.trainer
-        here = (trainer.progress.epoch, trainer.progress.batch, trainer.progress.step)
-        written = self._written if self._written is not None and self._written.where == here else None
-        if written is not None and written.ranked and decision.ranked:
-            decision.ranked, decision.outcome = False, None  # the best k were decided here already
-        outcome = self._outcome(decision)
-        if outcome.path is not None:
-            trainer.save_checkpoint(outcome.path, self.save_weights_only)
-            written = Written(here, outcome.path, True, not self.save_weights_only)
-        if outcome.last is not None:
-            if written is None or (decision.resumable and not written.resumable):
-                resumable = decision.resumable or not self.save_weights_only
-                trainer.save_checkpoint(outcome.last, not resumable)
-                written = Written(here, outcome.last, decision.ranked, resumable)
-            elif written.path != outcome.last and type(trainer.checkpoint_io) is not CheckpointIO:
-                trainer.save_checkpoint(outcome.last, self.save_weights_only)  # who knows what lies under a path of its
-            elif written.path != outcome.last and trainer.is_global_zero:
-                store.link_or_copy(written.path, outcome.last, symbolic=self.save_last == "link")
-        self._set(outcome.attributes)
-        self._written, self._decision = written, None
-        if outcome.path is None and outcome.last is None:
-            return
-        if trainer.is_global_zero:
-            for path in outcome.remove:
-                if not _same(path, self._resumed_from):  # which somebody named, and may want again
-                    trainer.checkpoint_io.remove_checkpoint(path)
-        for logger in trainer.loggers:
-            logger.after_save_checkpoint(self)
-        if self.verbose and trainer.is_global_zero:
-            trainer.print(self._report(decision, outcome))
-
-    def _report(self, decision: Decision, outcome: Outcome) -> str:
-        value = "" if decision.score is None else f", {self.monitor} = {float(decision.score):.6g}"
-        best = "" if self.best_model_score is None else f" (best {float(self.best_model_score):.6g})"
-        paths = " and ".join(path for path in (outcome.path, outcome.last) if path is not None)
-        return f"ModelCheckpoint: epoch {decision.epoch}, step {outcome.step}{value}{best}: saved {paths}"
-
     # ---- names
     def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
         """Whether a name is taken, so that the next version is tried."""
-        return os.path.lexists(filepath)
+        return store.exists(filepath)
 
     def format_checkpoint_name(
         self,
@@ -563,21 +589,6 @@ def _epoch_of(trainer: Trainer) -> int:
     """Return the epoch of the last finished batch."""
     progress = trainer.progress
     return progress.epoch - (progress.batch == 0 and progress.epoch > 0)
-
-
-def _same(path: str, other: str | None) -> bool:
-    """Whether two paths are one name in one directory; a link is not what it leads to."""
-    folder, name = os.path.split(os.path.abspath(other or ""))
-    return bool(other) and os.path.basename(path) == name and os.path.dirname(path) == os.path.realpath(folder)
-
-
-def _directory(dirpath: str | os.PathLike[str]) -> str:
-    path = os.fspath(dirpath)
-    if "://" in path:
-        raise MisconfigurationException(
-            f"ModelCheckpoint(dirpath={path!r}): checkpoints are written to local directories only."
-        )
-    return os.path.realpath(os.path.expanduser(path))
 
 
 def _whole(name: str, value: Any, least: int) -> int:

@@ -8,6 +8,7 @@ ValueError
 RuntimeError
   CheckpointError               a checkpoint that is damaged, or does not fit
     NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
+    CheckpointExistsError       there is one of that name, and it is not to be replaced; also a FileExistsError
     IncompleteCheckpointError   it has weights, and nothing to resume a run from; also a KeyError
 Exception
   SearchOver                    no error: a run that was only made to search for something is over
@@ -48,6 +49,10 @@ class CheckpointError(RuntimeError):
 
 class NoCheckpointError(CheckpointError, FileNotFoundError, ValueError):
     """Tell that there is no such checkpoint, whether a file or "best" and "last" name it."""
+
+
+class CheckpointExistsError(CheckpointError, FileExistsError):
+    """Tell that there is a checkpoint of that name, which was not to be replaced."""
 
 
 class IncompleteCheckpointError(CheckpointError, KeyError):

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from trainkit import arguments, components, loop
 from trainkit.accelerators import Accelerator
 from trainkit.callback import Callback
-from trainkit.checkpoint import restore
+from trainkit.checkpoint import restore, saving
+from trainkit.checkpoint.background import Background
 from trainkit.data.sources import Clock, Sources
 from trainkit.data.transfer import Transfer, check_device
 from trainkit.datamodule import DataModule
@@ -154,6 +155,7 @@ class Trainer(Status):
         parts = components.Parts(self, locals())
         self.accelerator, self.strategy, self.precision_plugin = parts.accelerator, parts.strategy, parts.precision
         self.checkpoint_io, self.profiler = parts.checkpoint_io, parts.profiler
+        self.background = Background()
         self.loggers, self.callbacks = parts.loggers, parts.callbacks
         self.actions: Actions | None = None
         """What records this run's calls, when a profiler is on."""
@@ -360,36 +362,38 @@ class Trainer(Status):
 
     # ------------------------------------------------------------------ checkpoints
     def save_checkpoint(
-        self, filepath: str | os.PathLike[str], weights_only: bool | None = None, storage_options: Any = None
+        self,
+        filepath: str | os.PathLike[str],
+        weights_only: bool | None = None,
+        storage_options: Any = None,
+        *,
+        overwrite: bool = True,
     ) -> None:
-        """Write a checkpoint: whole, or not at all.
+        """Write a checkpoint: whole, or not at all; when this returns, it is on the disk.
 
         Args:
-            filepath: where to.
+            filepath: where to; "s3://bucket/x.ckpt" and the like are files of a place that fsspec knows.
             weights_only: leave out what only a resumed run needs.
             storage_options: for a CheckpointIO of your own; trainkit's files have none.
+            overwrite: False refuses a name that is taken.
 
         Raises:
             CheckpointError: it could not be written; an earlier file of that name is intact.
+            CheckpointExistsError: the name is taken, and overwrite=False.
         """
         if getattr(self, "module", None) is None:
             raise AttributeError("save_checkpoint needs a module: call it during or after fit.")
         with self.profiler.profile("save_checkpoint"):
-            self._save_checkpoint(filepath, bool(weights_only), storage_options)
-
-    def _save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool, storage_options: Any) -> None:
-        checkpoint = restore.collect(self, weights_only)
-        for logger in self.loggers:
-            logger.sync()  # a run resumed from here expects the earlier rows to be there
-        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+            saving.save(self, filepath, bool(weights_only), storage_options, overwrite)
 
     def read_checkpoint(self, ckpt_path: str | os.PathLike[str] | None, stage: str) -> None:
         """Read the checkpoint that `ckpt_path` means, and let the loggers go on where it was written."""
-        self.checkpoint, self.resume_path = None, None
+        self.checkpoint, self.resume_path, self.resumed_by_name = None, None, False
         path = restore.resolve(self, ckpt_path, stage)
         if path is None:
             return
         self.checkpoint, self.resume_path = self.checkpoint_io.load_checkpoint(path), str(path)
+        self.resumed_by_name = ckpt_path is not None and str(ckpt_path) not in ("last", "best")
         if stage == "fit":
             restore.continue_loggers(self, self.checkpoint, path)
 

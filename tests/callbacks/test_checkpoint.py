@@ -183,7 +183,7 @@ def test_the_old_best_is_removed_after_the_new_one_is_there() -> None:
 
 
 def test_a_save_that_fails_leaves_the_old_best_and_what_is_known_about_it(tmp_path: Path) -> None:
-    checkpoint = ModelCheckpoint(monitor="val", save_last=True)
+    checkpoint = ModelCheckpoint(monitor="val", save_last=True, on_save_error="stop")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_the_disk(trainer: Trainer) -> None:
@@ -415,7 +415,9 @@ def test_names_can_be_worked_out() -> None:
         ({"train_time_interval": "soon"}, "train_time_interval"),
         ({"filename": "{epoch"}, "can't be used: expected '}'"),
         ({"filename": "../{epoch}"}, "below dirpath"),
-        ({"dirpath": "s3://bucket/x"}, "local directories only"),
+        ({"keep_last": -1}, r"keep_last=\.\.\.\) must be a whole number, 0 or more"),
+        ({"keep_every_n_steps": 2.0}, r"keep_every_n_steps=\.\.\.\) must be a whole number"),
+        ({"on_save_error": "ignore"}, r'on_save_error=\.\.\.\) must be "continue" or "stop"'),
     ],
 )
 def test_arguments_that_can_not_work_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:

@@ -19,13 +19,15 @@ def moment(event: policy.Event = "batch", epoch: int = 0, step: int = 0, seconds
     return Moment(event, epoch, step, seconds)
 
 
-def kept_of(history: list[float], keep: policy.Keep) -> tuple[list[Saved], list[Saved], list[Saved]]:
+def kept_of(
+    history: list[float], keep: policy.Keep, also: policy.Keep | None = None
+) -> tuple[list[Saved], list[Saved], list[Saved]]:
     """Play a run; return what is kept at its end, what was written and what was removed."""
     saved: tuple[Saved, ...] = ()
     written: list[Saved] = []
     removed: list[Saved] = []
     for number, score in enumerate(history):
-        plan = policy.plan(saved, Saved(str(number), score), keep)
+        plan = policy.plan(saved, Saved(str(number), score, number), keep, also)
         assert set(plan.remove) <= set(saved)
         assert not plan.write or plan.kept[-1].path == str(number)
         saved = plan.kept
@@ -95,7 +97,7 @@ def test_the_last_k_are_kept(history: list[float], k: int) -> None:
 
 @given(history=st.lists(scores, max_size=20), k=st.integers(1, 3), mode=modes)
 def test_best_and_last_together_keep_both(history: list[float], k: int, mode: str) -> None:
-    saved, _, _ = kept_of(history, policy.keep_any(policy.keep_best(k, mode), policy.keep_last(1)))
+    saved, _, _ = kept_of(history, policy.keep_best(k, mode), policy.keep_last(1))
     best, _, _ = kept_of(history, policy.keep_best(k, mode))
     assert {one.path for one in saved} == {one.path for one in best} | {str(len(history) - 1) for _ in history[-1:]}
 
@@ -124,3 +126,70 @@ def test_a_smaller_k_than_before_lets_the_worst_go() -> None:
     plan = policy.plan(before, Saved("d", 0.5), policy.keep_best(1, "min"))
     assert plan.kept == (Saved("d", 0.5),)
     assert plan.remove == tuple(before)
+
+
+# ---- several reasons to keep one
+@given(
+    history=st.lists(scores, max_size=40), k=st.integers(0, 3), last=st.integers(0, 4), n=st.integers(1, 7), mode=modes
+)
+def test_the_best_the_newest_and_every_nth_are_kept_whatever_the_others_keep(
+    history: list[float], k: int, last: int, n: int, mode: str
+) -> None:
+    also = policy.keep_any(policy.keep_last(last), policy.keep_every_n_steps(n))
+    saved, _, _ = kept_of(history, policy.keep_best(k, mode), also)
+    best, _, _ = kept_of(history, policy.keep_best(k, mode)) if k else ([], [], [])
+    paths = {one.path for one in saved}
+    expected = {one.path for one in best} | {str(number) for number in range(len(history))[len(history) - last :]}
+    expected |= {str(number) for number in range(n, len(history), n)}
+    if expected:
+        assert expected <= paths
+        assert len(paths - expected) <= 1  # the last one of all, when nothing wants it, stays
+        assert {one.path for one in saved if one.best} >= {one.path for one in best}
+
+
+def test_every_nth_is_the_first_at_or_after_a_multiple() -> None:
+    saved = [Saved(str(step), step=step) for step in range(3, 40, 3)]
+    assert [one.step for one in policy.keep_every_n_steps(10)(saved)] == [12, 21, 30]
+    assert policy.keep_every_n_steps(0)(saved) == []
+
+
+finite = st.lists(st.booleans(), min_size=1, max_size=20)
+kinds = st.sampled_from(
+    [
+        policy.keep_last(1),
+        policy.keep_last(2),
+        policy.keep_best(1, "min"),
+        policy.keep_best(2, "max"),
+        policy.keep_last(0),
+    ]
+)
+
+
+@given(finite=finite, best=kinds, also=kinds | st.none(), score=st.lists(scores, min_size=20, max_size=20))
+def test_the_newest_one_with_finite_weights_goes_only_when_there_is_another(
+    finite: list[bool], best: policy.Keep, also: policy.Keep | None, score: list[float]
+) -> None:
+    saved: tuple[Saved, ...] = ()
+    for number, is_finite in enumerate(finite):
+        before = any(one.finite for one in saved)
+        plan = policy.plan(saved, Saved(str(number), score[number], number, is_finite), best, also)
+        saved = plan.kept
+        assert any(one.finite for one in saved) >= before
+        assert len({one.path for one in saved}) == len(saved)
+
+
+def test_without_a_metric_the_finite_one_is_kept_beside_the_newest_until_there_is_another() -> None:
+    saved: tuple[Saved, ...] = ()
+    there = []
+    for number, is_finite in enumerate([True, False, False, True, True]):
+        saved = policy.plan(saved, Saved(str(number), None, number, is_finite), policy.keep_last(1)).kept
+        there.append([one.path for one in saved])
+    assert there == [["0"], ["0", "1"], ["0", "2"], ["3"], ["4"]]
+
+
+def test_weights_that_are_not_finite_rank_behind_every_metric() -> None:
+    good, bad = Saved("a", 5.0), Saved("b", 0.1, finite=False)
+    assert policy.plan([good], bad, policy.keep_best(1, "min")).kept == (good,)
+    assert policy.plan([bad], good, policy.keep_best(1, "min")).kept == (good,)
+    nan = Saved("c", math.nan)
+    assert policy.plan([bad], nan, policy.keep_best(1, "min")).kept == (nan,)

@@ -1,7 +1,7 @@
 """When to save and what to keep: two kinds of pure functions over plain values, to be put together at will.
 
     when = any_of(every_n_steps(1000), every_seconds(600))
-    keep = any_of_these(keep_best(3, "min"), keep_last(1))
+    keep = keep_any(keep_best(3, "min"), keep_last(1), keep_every_n_steps(10_000))
 
 `when` answers whether something is saved at a moment; `keep` answers which of the saved ones stay. Neither reads a
 clock, a metric or a directory, so what a run will do can be worked out, and tested, without one.
@@ -36,6 +36,12 @@ class Saved(NamedTuple):
     path: str
     score: float | None = None
     """Its metric, None when none is watched."""
+    step: int = 0
+    """Updates done."""
+    finite: bool = True
+    """Whether its weights are numbers, without NaN and infinity."""
+    best: bool = True
+    """Whether it is among the best, or asks to be; what is not may be kept for another reason."""
 
 
 class Plan(NamedTuple):
@@ -125,11 +131,16 @@ def keep_last(k: int) -> Keep:
 
 
 def keep_best(k: int, mode: str) -> Keep:
-    """Keep the k best scores, and anything before one that is not finite.
+    """Keep the k best scores, and anything before a score or weights that are not finite.
 
     A new one has to be better than the worst, and of equal ones the earliest goes first.
     """
     return partial(_best, k, mode)
+
+
+def keep_every_n_steps(n: int) -> Keep:
+    """Keep the first one at or after each multiple of n updates; 0 keeps none."""
+    return partial(_every, n)
 
 
 def keep_any(*policies: Keep) -> Keep:
@@ -143,8 +154,16 @@ def _last(k: int, saved: Sequence[Saved]) -> Sequence[Saved]:
 
 def _best(k: int, mode: str, saved: Sequence[Saved]) -> Sequence[Saved]:
     new = len(saved) - 1
-    ranked = sorted(range(len(saved)), key=lambda index: (rank(saved[index].score, mode), index == new, -index))
+    ranked = sorted(range(len(saved)), key=lambda index: (*order(saved[index], mode), index == new, -index))
     return [saved[index] for index in sorted(ranked[:k])]
+
+
+def _every(n: int, saved: Sequence[Saved]) -> Sequence[Saved]:
+    kept: list[Saved] = []
+    for one in saved:
+        if n > 0 and one.step // n > (kept[-1].step // n if kept else 0):
+            kept.append(one)
+    return kept
 
 
 def _any(policies: tuple[Keep, ...], saved: Sequence[Saved]) -> Sequence[Saved]:
@@ -159,13 +178,28 @@ def rank(score: float | None, mode: str) -> float:
     return score if mode == "min" else -score
 
 
-def plan(saved: Sequence[Saved], new: Saved, keep: Keep) -> Plan:
-    """Work out what a new checkpoint leads to. Whatever the policy says, one that is there already stays until
-    another one is.
+def order(one: Saved, mode: str) -> tuple[bool, float]:
+    """Order checkpoints from the best, the smallest, to those whose weights are of no use."""
+    return not one.finite, rank(one.score, mode)
+
+
+def plan(saved: Sequence[Saved], new: Saved, best: Keep, also: Keep | None = None) -> Plan:
+    """Work out what a new checkpoint leads to.
+
+    Whatever the policies say, the newest one whose weights are finite stays until there is another, and one that is
+    there already stays until another one is.
+
+    Args:
+        saved: what is there, in the order in which it was saved.
+        new: what could be written.
+        best: which of those that are among the best, and of the new one if it asks to be, stay there.
+        also: which of all stay, among the best or not.
     """
-    wanted = {one.path for one in keep([*saved, new])}
-    write = new.path in wanted
-    if not wanted:
-        wanted = {saved[-1].path} if saved else set()
-    kept = [one for one in saved if one.path in wanted] + ([new] if write else [])
-    return Plan(tuple(kept), write, tuple(one for one in saved if one.path not in wanted))
+    candidates = [*saved, new]
+    top = {one.path for one in best([one for one in candidates if one.best])}
+    wanted = top if also is None else top | {one.path for one in also(candidates)}
+    if not any(one.finite for one in candidates if one.path in wanted):
+        wanted |= {one.path for one in [one for one in saved if one.finite][-1:]}
+    wanted |= {saved[-1].path} if saved and not wanted else set()
+    kept = tuple(one._replace(best=one.path in top) for one in candidates if one.path in wanted)
+    return Plan(kept, new.path in wanted, tuple(one for one in saved if one.path not in wanted))

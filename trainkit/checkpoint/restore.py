@@ -22,7 +22,7 @@ from trainkit.errors import (
     NoCheckpointError,
     warn,
 )
-from trainkit.hparams import namespaces_of, plain_hparams
+from trainkit.hparams import namespaces_of, plain_hparams, tell_of_secrets
 from trainkit.loggers.base import run_directory, runs_directory
 from trainkit.stages import TrainerFn
 from trainkit.state import ByKey, resume_state
@@ -59,6 +59,7 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         ]
         checkpoint["made_of"] = {**trainer.made_of, "data": changes.data_of(trainer)}
     if module.hparams:
+        tell_of_secrets(module)
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = module.hparams_name
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = plain_hparams(module.hparams)
         if namespaces := namespaces_of(module.hparams):
@@ -67,6 +68,7 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         if state := datamodule.state_dict():
             checkpoint[type(datamodule).__qualname__] = state
         if datamodule.hparams:
+            tell_of_secrets(datamodule)
             checkpoint[datamodule.CHECKPOINT_HYPER_PARAMS_NAME] = datamodule.hparams_name
             checkpoint[datamodule.CHECKPOINT_HYPER_PARAMS_KEY] = plain_hparams(datamodule.hparams)
     trainer.hooks.on_save_checkpoint(checkpoint)
@@ -240,7 +242,7 @@ def _listed(what: str, keys: list[str], most: int = 10) -> list[str]:
     return [f"  {what}: {', '.join(keys[:most])}{more}"]
 
 
-def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str) -> Path | None:
+def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str) -> str | PathLike[str] | None:
     """Return the file that a `ckpt_path` means: itself, "last" or "best"; None to start from zero.
 
     Raises:
@@ -267,8 +269,8 @@ def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str)
                 "ckpt_path='best': this Trainer has not saved a best checkpoint, and neither has the newest run. "
                 "Name a file, or use 'last'."
             )
-        return Path(best)
-    return Path(ckpt_path)
+        return store.local(best)
+    return store.local(ckpt_path)
 
 
 def _best_of_newest_run(trainer: Trainer) -> str:
@@ -276,14 +278,14 @@ def _best_of_newest_run(trainer: Trainer) -> str:
     last, callback = find_last(trainer), trainer.checkpoint_callback
     if last is None or callback is None:
         return ""
-    state = store.load(last).get("callbacks", {}).get(callback.state_key, {})
-    best = Path(state.get("best_model_path") or "")
-    if best.name and not best.exists():  # the run directory was moved as a whole
-        best = last.parent / best.name
-    return str(best) if best.is_file() else ""
+    state = store.head(last).state.get("callbacks", {}).get(callback.state_key, {})
+    best = str(state.get("best_model_path") or "")
+    if best and not store.exists(best):  # the run directory was moved as a whole
+        best = os.path.join(os.path.dirname(last), os.path.basename(best))
+    return best if best and store.exists(best) else ""
 
 
-def continue_loggers(trainer: Trainer, checkpoint: Mapping[str, Any], path: Path) -> None:
+def continue_loggers(trainer: Trainer, checkpoint: Mapping[str, Any], path: str | PathLike[str]) -> None:
     """Let loggers go on in the run directory that a checkpoint is of, if it is that run's newest one.
 
     That is the directory it lies in, wherever that was moved; else the one it was written from. From an older
@@ -292,8 +294,13 @@ def continue_loggers(trainer: Trainer, checkpoint: Mapping[str, Any], path: Path
     step = int(checkpoint.get("global_step", 0))
     row = (checkpoint.get("progress") or {}).get("window", step)
     written_from = checkpoint.get("run_dirs", ())
-    beside = path.resolve().parent.parent if path.parent.name == "checkpoints" else None
-    newest = store.newest(path.parent)
+    folder, beside = os.path.dirname(path), None
+    if not store.is_remote(path) and os.path.basename(folder) == "checkpoints":
+        beside = Path(folder).resolve().parent
+    try:
+        newest = store.newest(folder)
+    except CheckpointError:  # it was not trainkit that wrote them
+        return
     if newest is None or store.step_of(newest) > step:
         return
     for index, logger in enumerate(trainer.loggers):
@@ -305,7 +312,7 @@ def continue_loggers(trainer: Trainer, checkpoint: Mapping[str, Any], path: Path
             logger.continue_run(run, row)
 
 
-def find_last(trainer: Trainer) -> Path | None:
+def find_last(trainer: Trainer) -> str | PathLike[str] | None:
     """Return the newest checkpoint that `ckpt_path="last"` means, None when there is none yet.
 
     It is looked for in the checkpoint callbacks' own folders; without one, in the folders of the runs that the first
@@ -315,10 +322,10 @@ def find_last(trainer: Trainer) -> Path | None:
         CheckpointError: there are checkpoints, but none can be read.
     """
     own = [getattr(c, "dirpath", None) for c in trainer.checkpoint_callbacks if not hasattr(c, "ckpt_path")]
-    folders = [Path(folder) for folder in own if folder]
+    folders = [store.local(folder) for folder in own if folder]
     rescued = _rescued(trainer)
     if rescued:
-        ours = [store.newest(folder) for folder in folders if any(folder.glob("*.ckpt"))]
+        ours = [store.newest(folder) for folder in folders if store.checkpoints_in(folder)]
         return max([*rescued, *(path for path in ours if path)], key=store.step_of)
     if not folders and trainer.logger is not None:
         root = Path(runs_directory(trainer.logger, trainer.default_root_dir))
@@ -327,7 +334,7 @@ def find_last(trainer: Trainer) -> Path | None:
     elif not folders:
         folders = [Path(trainer.default_root_dir) / "checkpoints"]
     for folder in folders:
-        if not any(folder.glob("*.ckpt")):
+        if not store.checkpoints_in(folder):
             continue
         return store.newest(folder)
     return None

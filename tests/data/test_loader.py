@@ -34,8 +34,9 @@ from torch.utils.data import (
 )
 
 from trainkit import Callback, Module, Trainer
-from trainkit.data.loader import IgnoreInterrupts, Loader, limited
+from trainkit.data.loader import Loader, limited
 from trainkit.data.samplers import in_sequence, length_of
+from trainkit.data.workers import WorkerStart
 from trainkit.errors import MisconfigurationException
 
 
@@ -198,7 +199,6 @@ def test_other_samplers_keep_their_order_which_is_a_function_of_seed_and_epoch(s
     def loader(seed: int = 1) -> Loader:
         return wrapped(DataLoader(Numbers(10), batch_size=2, sampler=sampler), seed=seed)
 
-    assert loader().order is None
     epoch = taken(loader(), 3)
     assert sum(len(batch) for _, batch, _ in epoch) == len(sampler)
     torch.manual_seed(3)
@@ -539,7 +539,7 @@ class Sizes(Numbers):
 def test_a_worker_runs_the_users_own_start_and_ignores_ctrl_c() -> None:
     loader = wrapped(DataLoader(Sizes(2), num_workers=1, worker_init_fn=remember))
     assert [batch for _, batch, _ in taken(loader)] == [[102], [102]]
-    copied = pickle.loads(pickle.dumps(IgnoreInterrupts(remember)))  # as workers that are spawned get it
+    copied = pickle.loads(pickle.dumps(WorkerStart(remember)))  # as workers that are spawned get it
     assert copied.then is remember
 
 

@@ -9,25 +9,20 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Self
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, MapDataPipe
 
-from trainkit.data.distributed import UnrepeatedDistributedSampler
-from trainkit.data.order import DealtOrder, EpochOrder, SeededBatches, batch_seed
-from trainkit.data.samplers import draws_nothing, length_of, sampler_of, set_epoch
+from trainkit.data.failure import named
+from trainkit.data.indexed import Indexed
+from trainkit.data.samplers import length_of, sampler_of, set_epoch
+from trainkit.data.seeding import kept
+from trainkit.data.workers import Crew
 from trainkit.errors import CheckpointError, MisconfigurationException, warn
-from trainkit.random import all_kept, derived_seed, draw_seed, torch_kept
+from trainkit.random import derived_seed, draw_seed
 
 
 class Batches:
@@ -157,11 +152,10 @@ class Loader(Batches):
         self.read_once = isinstance(source, Iterator)
         self.stateful = all(callable(getattr(source, f"{verb}state_dict", None)) for verb in ("", "load_"))
         self.seed = seed
-        self.order: EpochOrder | None = None
+        self.indexed: Indexed | None = None
+        """What a DataLoader over data with indices is gone through by."""
         self._generator: torch.Generator | None = None  # the DataLoader's, seeded for each epoch
-        self._may_draw = False  # loading a batch may draw random numbers in this process
-        self._uses_order = False  # an __iter__ of a subclass may bring an order of its own: seen when it is called
-        self.batch_size = 1
+        self._crew: Crew | None = None  # its worker processes
         self.iterable: Any = source
         if isinstance(source, DataLoader) and not self.stateful:  # StatefulDataLoader has an order of its own
             self.iterable = self._adapt(source)
@@ -178,82 +172,81 @@ class Loader(Batches):
         return [self]
 
     def _adapt(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        """Return the DataLoader with an order that can be repositioned; the user's object is left as it is."""
-        adapted = copy.copy(loader)
-        attributes = vars(adapted)  # DataLoader refuses assignment to most of these after its construction
-        attributes["_iterator"] = None
-        if loader.num_workers > 0:
-            attributes["worker_init_fn"] = IgnoreInterrupts(loader.worker_init_fn)
-        batches, sampler = loader.batch_sampler, sampler_of(loader)
-        given = getattr(sampler, "generator", None) or loader.generator
-        if given is not None or self.seed is None:
+        """Return a copy of the DataLoader that goes through it from any batch on, or as near to that as it can."""
+        given = getattr(sampler_of(loader), "generator", None) or loader.generator
+        if isinstance(given, torch.Generator) or self.seed is None:
             self.seed = draw_seed(given)
-        shuffled = (
-            type(sampler) is RandomSampler
-            and not sampler.replacement
-            and sampler.num_samples == length_of(sampler.data_source)
-        )
-        is_dealt = type(sampler) in (DistributedSampler, UnrepeatedDistributedSampler)
-        known = shuffled or is_dealt or type(sampler) is SequentialSampler
-        if type(batches) not in (BatchSampler, type(None)) or not known:
-            self._may_draw = True
-            if loader.generator is None:
-                attributes["generator"] = self._generator = torch.Generator()
-            return adapted
-        self._may_draw = loader.num_workers == 0 and not draws_nothing(loader)
-        if is_dealt:
-            self.order = DealtOrder(sampler, self.seed)
-        else:
-            self.order = EpochOrder(sampler.data_source, shuffled, self.seed)
-        self._uses_order = type(loader).__iter__ is DataLoader.__iter__
-        attributes["sampler"] = self.order
-        attributes["generator"] = self._generator = torch.Generator()
-        if isinstance(batches, BatchSampler):
-            self.batch_size = batches.batch_size
-            kind = SeededBatches if loader.num_workers > 0 else BatchSampler
-            attributes["batch_sampler"] = kind(self.order, batches.batch_size, batches.drop_last)
+        if loader.num_workers > 0:
+            self._crew = Crew(loader, self.name)
+        if not isinstance(loader.dataset, (IterableDataset, MapDataPipe)):
+            self.indexed = Indexed(loader, self.name, self.seed or 0, self._crew)
+            return self.indexed.loader
+        adapted = copy.copy(loader)
+        vars(adapted)["_iterator"] = None  # DataLoader refuses assignment to most of these after its construction
+        if loader.generator is None:
+            vars(adapted)["generator"] = self._generator = torch.Generator()
+        if self._crew is not None:
+            self._crew.serve(adapted)
         return adapted
 
     def open(self, epoch: int, start: int = 0, lap: int = 0) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of a lap of an epoch."""
-        batches: Iterator[Any]
-        order = self.order
         if not isinstance(self.iterable, DataLoader) or self.stateful:
             set_epoch(self.iterable, epoch)
             if self.stateful:
                 return self._open_stateful(start, lap)
             return self._fast_forward(iter(self.iterable), start)
+        if self.indexed is not None:
+            batches = self.indexed.open(epoch, start, lap)
+            if self.indexed.standard:
+                return batches
+            first = list(itertools.islice(batches, 1))  # a subclass may have an order of its own: seen when it begins
+            if self.indexed.order.used:
+                return itertools.chain(first, batches)
+            self.indexed = None
+            if start == 0:
+                return itertools.chain(first, batches)
         seed = derived_seed(self.seed or 0, epoch, *[lap] * (lap > 0))
         if self._generator is not None:
             self._generator.manual_seed(seed)
-        if order is not None:
-            order.epoch, order.lap, order.start = epoch, lap, start * self.batch_size
-            batches = self._seeded(iter(self.iterable), seed, start, start) if self._may_draw else iter(self.iterable)
-            if self._uses_order:
-                return batches
-            first = list(itertools.islice(batches, 1))
-            self._uses_order = order.used
-            if not order.used:
-                self.order = None
-            if order.used or start == 0:
-                return itertools.chain(first, batches)
         set_epoch(self.iterable, epoch)
-        return self._fast_forward(self._seeded(all_kept(seed, iter, self.iterable), seed, 0, start), start)
+        return self._fast_forward(self._seeded(kept(seed, iter, self.iterable), seed, epoch), start)
 
-    @staticmethod
-    def _seeded(batches: Iterator[Any], seed: int, index: int, start: int) -> Iterator[Any]:
-        """Load each batch with random sources that are a function of its index.
-
-        Up to the first batch that is asked for the run's own random state is kept as a checkpoint brought it; later
-        torch's is, while python's and numpy's go on from what the batch left, which is a function of its index, too.
-        """
-        while True:
-            kept = torch_kept if index > start else all_kept
-            batch = kept(batch_seed(seed, index), next, batches, batches)
+    def _seeded(self, batches: Iterator[Any], seed: int, epoch: int) -> Iterator[Any]:
+        """Load each batch with random sources that are a function of its index; the run keeps its own."""
+        receive = next if self._crew is None else partial(self._crew.receive, first=0)
+        for index in itertools.count():
+            arguments = (batches, batches) if self._crew is None else (batches,)
+            try:
+                batch = kept(seed + 1 + index, receive, *arguments)
+            except Exception as error:
+                raise named(error, f"{self.name}: loading batch {index} of epoch {epoch} failed.")
             if batch is batches:
                 return
             yield batch
-            index += 1
+
+    def samples_of(self, epoch: int, batch_idx: int, lap: int = 0) -> list[Any] | None:
+        """Return the indices of the samples in a batch of an epoch; None where the data have none.
+
+        Args:
+            epoch: which epoch, counted from 0.
+            batch_idx: which batch of it.
+            lap: how often the data were gone through before in it, beside longer ones.
+        """
+        return self.indexed.samples_of(epoch, batch_idx, lap) if self.indexed is not None else None
+
+    def batch_at(self, epoch: int, batch_idx: int, lap: int = 0) -> Any:
+        """Return one batch of an epoch, with the samples and the random numbers that it has in the run.
+
+        It is loaded in this process. Data with indices may be gone through by somebody else meanwhile.
+
+        Raises:
+            IndexError: there is no such batch.
+        """
+        opened = self.indexed.alone() if self.indexed is not None else self
+        for batch in opened.open(epoch, batch_idx, lap):
+            return batch
+        raise IndexError(f"{self.name} has no batch {batch_idx} in epoch {epoch}.")
 
     def _fast_forward(self, batches: Iterator[Any], start: int) -> Iterator[Any]:
         if start:
@@ -306,8 +299,8 @@ class Loader(Batches):
     def reseed(self, seed: int | None) -> None:
         """Draw from another seed."""
         self.seed = seed
-        if self.order is not None and seed is not None:
-            self.order.seed = seed
+        if self.indexed is not None and seed is not None:
+            self.indexed.order.seed = seed
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order is drawn from, and the position of a source that keeps its own."""
@@ -326,18 +319,6 @@ class Loader(Batches):
             source = state["source"]
             self._state, self._finished, self._over = source["state"], source["finished"], source["over"]
             self._restored = True
-
-
-class IgnoreInterrupts:
-    """Let a worker leave Ctrl-C to the main process, which finishes its step with the batches already under way."""
-
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self.then = then
-
-    def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if self.then is not None:
-            self.then(worker)
 
 
 def limited(length: int | float, limit: float, name: str, argument: str, may_be_empty: bool = False) -> int | float:

@@ -1,0 +1,236 @@
+"""Fetch a batch of a data set with indices: each sample's random numbers its own, each error with the sample's name.
+
+What a data set draws from torch's, numpy's and python's default sources while it loads a sample is a function of (seed,
+epoch, position): neither which process loads it nor what was loaded before matters, and in the main process the run's
+own random state is as it was. Seeding costs one to two microseconds a source, so only sources that are drawn from pay
+it: the first samples show which these are. One that turns out to be drawn from later, once in a while, is noticed at the
+end of the batch, which is loaded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import ConcatDataset, StackDataset, Subset, default_collate, default_convert, get_worker_info
+
+from trainkit.data.failure import Failure, named
+from trainkit.data.order import Placed
+from trainkit.data.seeding import ODD, Source, give_back, seed_all, sources, states
+
+PROBED = 128
+"""So many samples are loaded before a source that was not drawn from is no longer seeded for each."""
+MASK = 2**63 - 1
+
+
+class Fetched:
+    """What was fetched, on its way past the DataLoader's own collate_fn."""
+
+    __slots__ = ("batch",)
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+
+class Collate:
+    """The user's collate_fn, for whoever calls it with samples; what is fetched is collated already."""
+
+    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, data: Any) -> Any:
+        return data.batch if type(data) is Fetched else self.collate_fn(data)
+
+
+class Fetch:
+    """Load the samples of a batch and put them together.
+
+    Args:
+        dataset: the user's.
+        collate_fn: the user's.
+        name: how messages call the loader.
+        hand_over: give an error back as a `Failure`, which whoever receives the batch raises.
+        draws: whether the data set may draw random numbers.
+    """
+
+    def __init__(
+        self, dataset: Any, collate_fn: Callable[[Any], Any], name: str, hand_over: bool = False, draws: bool = True
+    ) -> None:
+        self.dataset, self.collate_fn, self.name, self.hand_over, self.draws = (
+            dataset, collate_fn, name, hand_over, draws
+        )  # fmt: skip
+        self.by_batch = takes_batches(dataset)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._probed = 0 if self.draws else PROBED
+        self._seeded: list[Source] = []  # the sources that were drawn from, which are seeded for each sample
+        self._watched: list[Source] = []  # those that were not
+        self._samples: list[Any] | None = None  # of the batch that is being loaded; None while it is collated
+        self._nothing: list[Any] = []  # the indices that the data set returned None for
+
+    def __getstate__(self) -> dict[str, Any]:
+        plain = {"dataset", "collate_fn", "name", "hand_over", "draws", "by_batch"}
+        return {name: value for name, value in vars(self).items() if name in plain}  # sources lie in one process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __call__(self, places: Placed, single: bool = False) -> Fetched:
+        """Return the batch, or with `single` the one sample, at these places."""
+        if get_worker_info() is not None:
+            try:
+                return Fetched(self._batch(places, single))
+            except BaseException as error:  # SystemExit, too: the main process would see a worker that is gone
+                failed = self._named(error, places)
+                if not self.hand_over:
+                    raise failed from failed.__cause__
+                return Fetched(Failure(failed))
+        outside = states()
+        try:
+            return Fetched(self._batch(places, single))
+        except (Exception, GeneratorExit) as error:  # SystemExit and KeyboardInterrupt may come from a signal
+            failed = self._named(error, places)
+            if failed is error:
+                raise
+            raise failed from error
+        finally:
+            give_back(outside)
+
+    def _batch(self, places: Placed, single: bool) -> Any:
+        samples = self._loaded(places)
+        self._samples = None
+        if self.collate_fn not in (default_collate, default_convert):  # which draw nothing
+            seed_all((places.seed + places.places.start * ODD + 1) & MASK)
+        try:
+            return self.collate_fn(samples[0] if single else samples)
+        except Exception:
+            self._nothing = [i for i, sample in zip(places, samples, strict=False) if sample is None]
+            raise
+
+    # ------------------------------------------------------------------ loading
+    def _loaded(self, places: Placed) -> Any:
+        if self._probed < PROBED:
+            return self._probe(places)
+        if not self._watched:
+            return self._load(places)
+        before = [source.get() for source in self._watched]
+        samples = self._load(places)
+        moved = [source for source, state in zip(self._watched, before, strict=True) if source.moved(state)]
+        if not moved:
+            return samples
+        self._seeded = self._seeded + moved
+        self._watched = [source for source in self._watched if source not in moved]
+        return self._load(places)
+
+    def _load(self, places: Placed) -> Any:
+        """Load the samples, each with the sources that are drawn from seeded for it."""
+        dataset, begin, seed = self.dataset, [source.seed for source in self._seeded], places.seed
+        self._samples = samples = []
+        if self.by_batch:
+            for seeded in begin:
+                seeded((seed + places.places.start * ODD) & MASK)
+            return dataset.__getitems__(places[:])
+        if not begin:
+            for index in places:
+                samples.append(dataset[index])
+            return samples
+        for index, place in zip(places, places.places, strict=True):
+            own = (seed + place * ODD) & MASK
+            for seeded in begin:
+                seeded(own)
+            samples.append(dataset[index])
+        return samples
+
+    def _probe(self, places: Placed) -> Any:
+        """Load the samples with all sources seeded, and see which of them are drawn from."""
+        self._samples = samples = []
+        self._watched = [source for source in sources() if source not in self._seeded]
+        for index, place in zip(places, places.places, strict=True):
+            seed_all((places.seed + place * ODD) & MASK)
+            before = [source.get() for source in self._watched]
+            if self.by_batch:
+                samples = self.dataset.__getitems__(places[:])
+            else:
+                samples.append(self.dataset[index])
+            moved = [source for source, state in zip(self._watched, before, strict=True) if source.moved(state)]
+            self._seeded = self._seeded + moved
+            self._watched = [source for source in self._watched if source not in moved]
+            if self.by_batch:
+                break
+        self._probed += len(places)
+        return samples
+
+    # ------------------------------------------------------------------ errors
+    def _named(self, error: BaseException, places: Placed) -> BaseException:
+        samples, positions = self._samples, places.places
+        lies = f"of epoch {places.epoch} (batch {places.batch_idx})"
+        if samples is not None and not self.by_batch and len(samples) < len(places):
+            at = len(samples)
+            where = f"loading the sample with index {places[at]!r} failed, at position {positions[at]} {lies}"
+        else:
+            doing = "loading" if samples is not None else "putting together"
+            where = (
+                f"{doing} the samples with the indices {places[:]} failed, from position {positions.start} on {lies}"
+            )
+            if samples is None and self._nothing:
+                where += f". The data set returned None for {self._nothing}"
+        return named(error, f"{self.name}: {where}.")
+
+
+class Served:
+    """A data set as the DataLoader gets it: in everything but how batches are fetched it is the user's own."""
+
+    __slots__ = ("__weakref__", "_fetch", "_inner")
+
+    def __init__(self, inner: Any, fetch: Fetch) -> None:
+        object.__setattr__(self, "_inner", inner)
+        object.__setattr__(self, "_fetch", fetch)
+
+    def __getitems__(self, indices: Any) -> Any:
+        if type(indices) is Placed:
+            return self._fetch(indices)
+        if callable(batch := getattr(self._inner, "__getitems__", None)):
+            return batch(indices)
+        return [self._inner[index] for index in indices]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._fetch(index, single=True) if type(index) is Placed else self._inner[index]
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._inner, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._inner, name)
+
+    @property
+    def __class__(self) -> Any:
+        return type(self._inner)
+
+    def __repr__(self) -> str:
+        return repr(self._inner)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Served, (self._inner, self._fetch)
+
+
+def takes_batches(dataset: Any) -> bool:
+    """Whether a data set loads a batch at a time, and does not go through it sample by sample itself."""
+    if type(dataset) is Subset:
+        return takes_batches(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return hasattr(dataset, "__getitems__") and all(map(takes_batches, dataset.datasets))
+    if type(dataset) is StackDataset:
+        parts: Any = dataset.datasets
+        return all(map(takes_batches, parts.values() if isinstance(parts, dict) else parts))
+    return callable(getattr(dataset, "__getitems__", None))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import traceback
 from typing import Any
 
+HERE = os.path.dirname(__file__)
 ENDINGS = (StopIteration, GeneratorExit, SystemExit, KeyboardInterrupt)
 """What ends a loop, a generator or a process when it is raised, and must not end an epoch that way."""
 
@@ -19,7 +21,7 @@ class WorkerTraceback(Exception):
 
 
 class _Text(str):
-    """Is shown as it is, in a KeyError too."""
+    """Is shown as it is, in a KeyError, too."""
 
     __repr__ = str.__str__
 
@@ -32,12 +34,11 @@ def named(error: BaseException, where: str) -> BaseException:
         stands_in.__cause__ = error
         return stands_in
     args = error.args
-    first, rest = (args[0], args[1:]) if args else ("", ())
-    with contextlib.suppress(Exception):
-        if isinstance(first, str):
-            error.args = (_Text(f"{first}\n{where}".lstrip()) if isinstance(error, KeyError) else f"{first}\n{where}".lstrip(), *rest)
-            if where in str(error):
-                return error
+    if not args or isinstance(args[0], str):
+        text = f"{args[0]}\n{where}" if args else where
+        error.args = (_Text(text), *args[1:])
+        if where in str(error):
+            return error
         error.args = args
     error.add_note(where)  # an OSError, for example, says what its errno means
     return error
@@ -47,6 +48,10 @@ class Failure:
     """An error on its way from a worker process to the main one, which raises it in its own type."""
 
     def __init__(self, error: BaseException) -> None:
+        shown = error.__traceback__
+        while shown is not None and os.path.dirname(shown.tb_frame.f_code.co_filename) == HERE:
+            shown = shown.tb_next  # down to the user's own lines
+        error.__traceback__ = shown or error.__traceback__
         self.traceback = "".join(traceback.format_exception(error)).rstrip()
         self.message, self.notes = str(error), getattr(error, "__notes__", [])
         self.pickled = self.kind = b""
@@ -72,5 +77,6 @@ class Failure:
         if not getattr(error, "__notes__", None):
             for note in self.notes:
                 error.add_note(note)
-        error.__cause__ = WorkerTraceback(self.traceback)
-        return error
+        made: BaseException = error
+        made.__cause__ = WorkerTraceback(self.traceback)
+        return made

@@ -3,8 +3,8 @@
 What a data set draws from torch's, numpy's and python's default sources while it loads a sample is a function of (seed,
 epoch, position): neither which process loads it nor what was loaded before matters, and in the main process the run's
 own random state is as it was. Seeding costs one to two microseconds a source, so only sources that are drawn from pay
-it: the first samples show which these are. One that turns out to be drawn from later, once in a while, is noticed at the
-end of the batch, which is loaded again.
+it: the first samples show which these are. One that is drawn from later, once in a while, is noticed at the end of the
+batch, which is loaded again.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class Served:
     def __delattr__(self, name: str) -> None:
         delattr(self._inner, name)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return type(self._inner)
 

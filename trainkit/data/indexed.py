@@ -1,7 +1,7 @@
 """Indexed: a DataLoader over data with indices, from any batch of any epoch on.
 
-It goes through a shallow copy of the user's DataLoader, whose sampler, data set and collate_fn are replaced by ones that
-know where in the run they are; the user's own objects are left as they are.
+It goes through a shallow copy of the user's DataLoader, whose sampler, data set and collate_fn are replaced by ones
+that know where in the run they are; the user's own objects are left as they are.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Indexed:
 
 
 def order_of(loader: DataLoader[Any], seed: int) -> EpochOrder:
-    """Return the order in which a DataLoader takes its samples, or with a batch sampler that is not torch's its batches."""
+    """Return the order of a DataLoader's samples, or of its batches if their sampler is not torch's."""
     batches, sampler = loader.batch_sampler, sampler_of(loader)
     if type(batches) not in (BatchSampler, type(None)):
         return SamplerOrder(batches, seed)
@@ -142,4 +142,3 @@ def order_of(loader: DataLoader[Any], seed: int) -> EpochOrder:
         sampler = copy.copy(sampler)
         sampler.generator = None  # the seed comes from it
     return SamplerOrder(sampler, seed)
-

@@ -20,6 +20,7 @@ from trainkit.data.failure import named
 from trainkit.data.indexed import Indexed
 from trainkit.data.samplers import length_of, sampler_of, set_epoch
 from trainkit.data.seeding import kept
+from trainkit.data.stateful import Begun, Remembered, has_state, stateful_sampler, tell_of_draws, tell_of_order
 from trainkit.data.workers import Crew
 from trainkit.errors import CheckpointError, MisconfigurationException, warn
 from trainkit.random import derived_seed, draw_seed
@@ -150,21 +151,19 @@ class Loader(Batches):
             raise TypeError(f"{name} must be an iterable of batches. Received: {received}.{hint}")
         self.source = source
         self.read_once = isinstance(source, Iterator)
-        self.stateful = all(callable(getattr(source, f"{verb}state_dict", None)) for verb in ("", "load_"))
+        self.remembered: Remembered | None = Remembered(source) if has_state(source) else None
+        self.begun: Begun | None = None
         self.seed = seed
         self.indexed: Indexed | None = None
         """What a DataLoader over data with indices is gone through by."""
         self._generator: torch.Generator | None = None  # the DataLoader's, seeded for each epoch
         self._crew: Crew | None = None  # its worker processes
         self.iterable: Any = source
-        if isinstance(source, DataLoader) and not self.stateful:  # StatefulDataLoader has an order of its own
+        if isinstance(source, DataLoader) and self.remembered is None:  # StatefulDataLoader has an order of its own
             self.iterable = self._adapt(source)
         self.claimed = length_of(self.iterable)
         self.num_batches = limited(self.claimed, limit, name, argument, may_be_empty)
-        self._state: Any = None  # a stateful source's, before the batch that it gave last
-        self._finished: Any = None  # and at the end of its data
-        self._over = False
-        self._restored = False
+        self._resumed = False
 
     @property
     def parts(self) -> list[Loader]:
@@ -178,8 +177,12 @@ class Loader(Batches):
             self.seed = draw_seed(given)
         if loader.num_workers > 0:
             self._crew = Crew(loader, self.name)
+        elif has_state(loader.dataset):
+            self.remembered = Remembered(loader.dataset)
         if not isinstance(loader.dataset, (IterableDataset, MapDataPipe)):
             self.indexed = Indexed(loader, self.name, self.seed or 0, self._crew)
+            sampler = stateful_sampler(loader)
+            self.begun = Begun(sampler) if sampler is not None else None
             return self.indexed.loader
         adapted = copy.copy(loader)
         vars(adapted)["_iterator"] = None  # DataLoader refuses assignment to most of these after its construction
@@ -191,11 +194,20 @@ class Loader(Batches):
 
     def open(self, epoch: int, start: int = 0, lap: int = 0) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of a lap of an epoch."""
-        if not isinstance(self.iterable, DataLoader) or self.stateful:
-            set_epoch(self.iterable, epoch)
-            if self.stateful:
-                return self._open_stateful(start, lap)
-            return self._fast_forward(iter(self.iterable), start)
+        inside = start > 0 or lap > 0
+        if self._resumed or inside:
+            self._tell_what_is_not_exact()
+        if self.begun is not None:
+            self.begun.begin(inside)
+            batches = self._opened(epoch, start, lap)
+            return self.begun.to_its_end(batches, start, self.claimed)
+        if self.remembered is not None:
+            begin = partial(self._opened, epoch, start, lap)
+            return self.remembered.open(begin, start, inside, self.claimed)
+        return self._opened(epoch, start, lap)
+
+    def _opened(self, epoch: int, start: int, lap: int, stands: bool = False) -> Iterator[Any]:
+        """Return an iterator that begins with a batch; `stands`: what is not data with indices stands there already."""
         if self.indexed is not None:
             batches = self.indexed.open(epoch, start, lap)
             if self.indexed.standard:
@@ -206,21 +218,41 @@ class Loader(Batches):
             self.indexed = None
             if start == 0:
                 return itertools.chain(first, batches)
-        seed = derived_seed(self.seed or 0, epoch, *[lap] * (lap > 0))
+        set_epoch(self.iterable, epoch)
+        if isinstance(self.iterable, DataLoader):
+            batches = self._seeded(epoch, start if stands else 0, lap)
+        else:
+            batches = iter(self.iterable)
+        return batches if stands else self._fast_forward(batches, start)
+
+    def _tell_what_is_not_exact(self) -> None:
+        self._resumed = False
+        if isinstance(self.source, DataLoader) and self.iterable is not self.source:
+            if self.indexed is not None:
+                tell_of_order(self.name, self.source)
+            saved = self.remembered is not None
+            tell_of_draws(self.name, self.source.dataset, self.source.num_workers, saved)
+
+    def _seeded(self, epoch: int, first: int, lap: int) -> Iterator[Any]:
+        """Load each batch with random sources that are a function of its index; the run keeps its own."""
+        loader, seed = self.iterable, derived_seed(self.seed or 0, epoch, *[lap] * (lap > 0))
         if self._generator is not None:
             self._generator.manual_seed(seed)
-        set_epoch(self.iterable, epoch)
-        return self._fast_forward(self._seeded(kept(seed, iter, self.iterable), seed, epoch), start)
+        batches = kept(seed, iter, loader)
+        receive = partial(next, batches, batches) if self._crew is None else partial(self._crew.receive, batches)
+        return self._each_seeded(batches, receive, seed, epoch, first)
 
-    def _seeded(self, batches: Iterator[Any], seed: int, epoch: int) -> Iterator[Any]:
-        """Load each batch with random sources that are a function of its index; the run keeps its own."""
-        receive = next if self._crew is None else partial(self._crew.receive, first=0)
-        for index in itertools.count():
-            arguments = (batches, batches) if self._crew is None else (batches,)
+    def _each_seeded(
+        self, batches: Iterator[Any], receive: Callable[[], Any], seed: int, epoch: int, first: int
+    ) -> Iterator[Any]:
+        for index in itertools.count(first):
             try:
-                batch = kept(seed + 1 + index, receive, *arguments)
+                batch = kept(seed + 1 + index, receive)
             except Exception as error:
-                raise named(error, f"{self.name}: loading batch {index} of epoch {epoch} failed.")
+                failed = named(error, f"{self.name}: loading batch {index} of epoch {epoch} failed.")
+                if failed is not error:
+                    raise failed from error
+                raise
             if batch is batches:
                 return
             yield batch
@@ -251,41 +283,13 @@ class Loader(Batches):
     def _fast_forward(self, batches: Iterator[Any], start: int) -> Iterator[Any]:
         if start:
             warn(
-                f"{self.name} can't be repositioned, so its first {start} batches are read and thrown away. They are "
-                "the ones that were trained on only if it gives the same order again."
+                f"{self.name} can't be repositioned, so its first {start} batches are read and thrown away. The run "
+                "is exact only if it gives the same batches again. What makes it so: data with indices in a "
+                "DataLoader; or state_dict and load_state_dict, of the data set with num_workers=0, or of the loader, "
+                "as torchdata's StatefulDataLoader has them."
             )
             next(itertools.islice(batches, start - 1, start), None)
         return batches
-
-    def _open_stateful(self, start: int, lap: int) -> Iterator[Any]:
-        """Open a source that knows its position: a restored one goes on where its state says."""
-        inside = start > 0 or lap > 0
-        if self._restored and self._over and inside:  # beside longer loaders
-            return iter(())
-        state = self._state if inside else self._finished  # at the beginning: where the epoch before ended
-        if self._restored and state is not None:
-            self.source.load_state_dict(copy.deepcopy(state))
-            batches = iter(self.source)
-        else:
-            batches = self._fast_forward(iter(self.source), start)
-        self._restored, self._over, self._finished = False, False, None
-        return self._remembered(batches, start)
-
-    def _remembered(self, batches: Iterator[Any], given: int) -> Iterator[Any]:
-        """Remember the state before each batch, because the run is one behind what it has looked at.
-
-        The source is read to its end as a for loop would, so that it knows that its data are over.
-        """
-        while True:
-            state = copy.deepcopy(self.source.state_dict())
-            batch = next(batches, batches)
-            given += 1
-            if batch is batches or (given == self.claimed and next(batches, batches) is batches):
-                self._finished = copy.deepcopy(self.source.state_dict())
-            self._state, self._over = state, batch is batches
-            if self._over:
-                return
-            yield batch
 
     def close(self) -> None:
         """Stop persistent workers."""
@@ -305,8 +309,10 @@ class Loader(Batches):
     def state_dict(self) -> dict[str, Any]:
         """Return what the order is drawn from, and the position of a source that keeps its own."""
         state: dict[str, Any] = {"seed": self.seed}
-        if self.stateful:
-            state["source"] = {"state": self._state, "finished": self._finished, "over": self._over}
+        if self.remembered is not None:
+            state["source"] = self.remembered.state_dict()
+        if self.begun is not None:
+            state["sampler"] = self.begun.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -315,10 +321,11 @@ class Loader(Batches):
             raise CheckpointError(f"{self.name} is one loader, the checkpoint was written with several.")
         if state["seed"] is not None:
             self.reseed(state["seed"])
-        if self.stateful and "source" in state:
-            source = state["source"]
-            self._state, self._finished, self._over = source["state"], source["finished"], source["over"]
-            self._restored = True
+        if self.remembered is not None and "source" in state:
+            self.remembered.load_state_dict(state["source"])
+        if self.begun is not None and "sampler" in state:
+            self.begun.load_state_dict(state["sampler"])
+        self._resumed = True
 
 
 def limited(length: int | float, limit: float, name: str, argument: str, may_be_empty: bool = False) -> int | float:

@@ -106,7 +106,7 @@ class DealtOrder(EpochOrder):
 class SamplerOrder(EpochOrder):
     """The order of a sampler that trainkit does not know, which is gone through from the epoch's beginning.
 
-    What it draws from torch's, numpy's and python's own random sources is a function of the epoch: it has them to itself.
+    What it draws from torch's, numpy's and python's default sources is a function of the epoch: it has them to itself.
 
     Args:
         sampler: gives indices, or the batches themselves.
@@ -187,7 +187,8 @@ class PlacedBatches(BatchSampler):
     def _whole_batches(self, order: EpochOrder) -> Iterator[Placed]:
         """Go through the batches that are skipped, too: how many samples they have says where the others are."""
         position, seed, epoch, start = 0, order.epoch_seed(), order.epoch, order.start
-        for batch_idx, batch in enumerate(order.at(epoch, order.lap)):
+        batches: Iterator[Any] = iter(order.at(epoch, order.lap))
+        for batch_idx, batch in enumerate(batches):
             indices = list(batch)
             stop = position + len(indices)
             if batch_idx >= start:

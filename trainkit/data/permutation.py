@@ -93,10 +93,9 @@ class Drawn(Permutation):
 class Feistel(Permutation):
     """A Feistel network over the smallest even number of bits that holds n, walked until it lands below n.
 
-    Each round mixes one half of the bits into the other, which can be undone; so the whole maps one to one, whatever the
-    mixing is. What lands at n or above is mapped again, which also is one to one (Black and Rogaway, "Ciphers with
-    arbitrary finite domains", 2002). The domain is less than four times n, so that takes four rounds of it on average at
-    most.
+    Each round mixes one half of the bits into the other, which can be undone; so the whole maps one to one, whatever
+    the mixing is. What lands at n or above is mapped again, which also is one to one (Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002). The domain is at most four times n, so that takes four times on average at most.
     """
 
     def __init__(self, n: int, seed: int) -> None:

@@ -95,7 +95,7 @@ class PythonSource:
     """The generator behind the functions of `random`."""
 
     def __init__(self) -> None:
-        self._shared: Any = random._inst  # type: ignore[attr-defined]
+        self._shared: Any = random._inst
         self.get, self.set, self.seed = self._get_slowly, self._shared.setstate, self._seed_slowly
         address = id(self._shared) + object.__basicsize__
         size = type(self._shared).__mro__[1].__basicsize__ - object.__basicsize__

@@ -6,10 +6,12 @@ import contextlib
 import ctypes
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -101,28 +103,29 @@ class Crew:
     def __init__(self, loader: DataLoader[Any], name: str) -> None:
         self.name = name
         self.start = WorkerStart(loader.worker_init_fn)
-        self.iterator: Any = None
-        """torch's, which has the processes."""
+        self._iterator: Callable[[], Any] = lambda: None  # torch's, which has the processes and ends them when it goes
 
     def serve(self, copied: DataLoader[Any]) -> None:
         """Let the workers of this copy of the DataLoader be these."""
-        vars(copied).update(worker_init_fn=self.start, _get_iterator=partial(self._begin, copied))
+        vars(copied).update(worker_init_fn=self.start, _get_iterator=partial(self._begin, weakref.ref(copied)))
 
-    def _begin(self, loader: DataLoader[Any]) -> Any:
+    def _begin(self, copied: Callable[[], Any]) -> Any:
         """Return the iterator of a DataLoader; it takes the place of `_get_iterator`."""
+        loader = copied()
         method = getattr(loader.multiprocessing_context, "get_start_method", multiprocessing.get_start_method)()
         self.start.by_kernel = sys.platform == "linux" and threading.current_thread() is threading.main_thread()
         with _deaf(method != "forkserver"):
-            self.iterator = iterator = type(loader)._get_iterator(loader)
+            iterator = type(loader)._get_iterator(loader)
+        self._iterator = weakref.ref(iterator)
         for worker in getattr(iterator, "_workers", ()):
             worker._popen.terminate = worker._popen.kill  # torch and multiprocessing end one that is stuck; it is deaf
-        self._unwatch()
+        self._unwatch(iterator)
         return iterator
 
-    def _unwatch(self) -> None:
-        iterator = self.iterator
+    def _unwatch(self, iterator: Any) -> None:
         if getattr(iterator, "_worker_pids_set", False):
-            _utils.signal_handling._remove_worker_pids(id(iterator))
+            signals: Any = _utils.signal_handling
+            signals._remove_worker_pids(id(iterator))
             iterator._worker_pids_set = False
 
     def receive(self, batches: Iterator[Any], asked: Iterable[Placed] = (), first: int = 0) -> Any:
@@ -136,50 +139,49 @@ class Crew:
         Raises:
             RuntimeError: a worker died.
         """
-        iterator = self.iterator
+        iterator = self._iterator()
         if iterator is None or iterator._shutdown:
             return next(batches, batches)
-        signals = _utils.signal_handling
+        signals: Any = _utils.signal_handling
         signals._set_worker_pids(id(iterator), tuple(worker.pid for worker in iterator._workers))
         iterator._worker_pids_set = True
         try:
             signals._error_if_any_worker_fails()
             return next(batches, batches)
-        except RuntimeError as error:
-            told = self._told(asked, first)
+        except Exception as error:  # an OSError, too, where a batch lies in the memory of a worker that is gone
+            self._unwatch(iterator)
+            told = self._told(iterator, asked, first)
             if told is None:
                 raise
             raise RuntimeError(told) from error
         finally:
-            self._unwatch()
+            self._unwatch(iterator)
 
-    def _told(self, asked: Iterable[Placed], first: int) -> str | None:
+    def _told(self, iterator: Any, asked: Iterable[Placed], first: int) -> str | None:
         """Return what to say about a worker that died, None when all are well."""
-        iterator = self.iterator
+        gone = multiprocessing.connection.wait([process.sentinel for process in iterator._workers], timeout=0.1)
+        for process in iterator._workers:
+            if process.sentinel in gone:
+                process.join(timeout=1)  # it may still be on its way out
         ends = {worker: process.exitcode for worker, process in enumerate(iterator._workers) if process.exitcode}
         if not ends:
             return None
         worker, code = next(iter(ends.items()))
         if code == -signal.SIGKILL:
-            how = "was killed (signal 9: most often by the kernel's out-of-memory killer; fewer workers or smaller batches need less memory)"
+            how = "was killed (signal 9: most often the kernel's out-of-memory killer; fewer workers need less memory)"
         elif code < 0:
             how = f"was killed (signal {-code}: {signal.strsignal(-code)})"
         else:
             how = f"ended with exit code {code}"
-        waiting = [idx for idx, task in iterator._task_info.items() if task == (worker,)]
+        waiting = sorted(first + sent for sent, task in iterator._task_info.items() if task == (worker,))
         message = f"{self.name}: a worker process {how}"
-        batch = next((batch for batch in asked if waiting and batch.batch_idx == first + min(waiting)), None)
-        if batch is not None:
-            message += (
-                f" while loading batch {batch.batch_idx} of epoch {batch.epoch}, the samples with the indices {batch[:]}"
-            )
-        elif waiting:
-            message += f" while loading batch {first + min(waiting)}"
+        if waiting:
+            message += f" while loading batch {' or '.join(map(str, waiting))}"
+        batches = [batch for batch in asked if batch.batch_idx in waiting]
+        if batches:
+            indices = " or ".join(str(batch[:]) for batch in batches)
+            message += f" of epoch {batches[0].epoch}: samples with the indices {indices}"
         return f"{message}."
-
-    def stop(self) -> None:
-        """Forget the iterator; its workers end with it."""
-        self.iterator = None
 
 
 @contextlib.contextmanager

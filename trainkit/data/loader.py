@@ -58,6 +58,23 @@ class Batches:
         """Return an iterator that begins with batch `start` of an epoch."""
         return iter(())
 
+    def samples_of(self, epoch: int, batch_idx: int) -> list[Any] | None:
+        """Return the indices of the samples in a batch of an epoch; None where the data have none.
+
+        Several loaders that are drawn from at once have an entry each.
+        """
+        return None
+
+    def batch_at(self, epoch: int, batch_idx: int) -> Any:
+        """Return one batch of an epoch, with the samples and the random numbers that it has in the run.
+
+        It is loaded in this process. Data with indices may be gone through by somebody else meanwhile.
+
+        Raises:
+            IndexError: there is no such batch.
+        """
+        raise IndexError(f"{self.name} has no batch {batch_idx} in epoch {epoch}.")
+
     def limited_to(self, most: float) -> Self:
         """Return the same with at most so many batches."""
         shorter = copy.copy(self)
@@ -258,23 +275,11 @@ class Loader(Batches):
             yield batch
 
     def samples_of(self, epoch: int, batch_idx: int, lap: int = 0) -> list[Any] | None:
-        """Return the indices of the samples in a batch of an epoch; None where the data have none.
-
-        Args:
-            epoch: which epoch, counted from 0.
-            batch_idx: which batch of it.
-            lap: how often the data were gone through before in it, beside longer ones.
-        """
+        """Return the indices of the samples in a batch; `lap`: how often the data were gone through in the epoch."""
         return self.indexed.samples_of(epoch, batch_idx, lap) if self.indexed is not None else None
 
     def batch_at(self, epoch: int, batch_idx: int, lap: int = 0) -> Any:
-        """Return one batch of an epoch, with the samples and the random numbers that it has in the run.
-
-        It is loaded in this process. Data with indices may be gone through by somebody else meanwhile.
-
-        Raises:
-            IndexError: there is no such batch.
-        """
+        """Return one batch of an epoch; `lap`: how often the data were gone through before in it."""
         opened = self.indexed.alone() if self.indexed is not None else self
         for batch in opened.open(epoch, batch_idx, lap):
             return batch

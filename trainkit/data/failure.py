@@ -34,9 +34,8 @@ def named(error: BaseException, where: str) -> BaseException:
         stands_in.__cause__ = error
         return stands_in
     args = error.args
-    if not args or isinstance(args[0], str):
-        text = f"{args[0]}\n{where}" if args else where
-        error.args = (_Text(text), *args[1:])
+    if not args or (len(args) == 1 and isinstance(args[0], str)):
+        error.args = (_Text(f"{args[0]}\n{where}" if args else where),)
         if where in str(error):
             return error
         error.args = args

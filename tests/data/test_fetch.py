@@ -146,7 +146,7 @@ def test_a_data_set_that_draws_nothing_is_soon_left_alone() -> None:
     for start in range(0, 4 * PROBED, PROBED // 2):
         places = range(start, start + PROBED // 2)
         assert fetch(Placed(list(places), places, 0, 0, 7)).batch.tolist() == list(places)
-    assert fetch._seeded == []
+    assert fetch._seeds == []
     assert len(fetch._watched) == 3
 
 

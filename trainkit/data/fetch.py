@@ -10,13 +10,15 @@ batch, which is loaded again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import repeat
+from operator import getitem
 from typing import Any
 
 from torch.utils.data import ConcatDataset, StackDataset, Subset, default_collate, default_convert, get_worker_info
 
 from trainkit.data.failure import Failure, named
 from trainkit.data.order import Placed
-from trainkit.data.seeding import ODD, Source, give_back, seed_all, sources, states
+from trainkit.data.seeding import ODD, give_back, seed_all, sources, states
 
 PROBED = 128
 """So many samples are loaded before a source that was not drawn from is no longer seeded for each."""
@@ -60,17 +62,18 @@ class Fetch:
             dataset, collate_fn, name, hand_over, draws
         )  # fmt: skip
         self.by_batch = takes_batches(dataset)
+        self.collate_draws = collate_fn is not default_collate and collate_fn is not default_convert
         self._forget()
 
     def _forget(self) -> None:
         self._probed = 0 if self.draws else PROBED
-        self._seeded: list[Source] = []  # the sources that were drawn from, which are seeded for each sample
-        self._watched: list[Source] = []  # those that were not
+        self._watched = [0, 1, 2] * self.draws  # the sources that nobody has drawn from
+        self._seeds: list[Callable[[int], Any]] = []  # seed the others, for each sample
         self._samples: list[Any] | None = None  # of the batch that is being loaded; None while it is collated
         self._nothing: list[Any] = []  # the indices that the data set returned None for
 
     def __getstate__(self) -> dict[str, Any]:
-        plain = {"dataset", "collate_fn", "name", "hand_over", "draws", "by_batch"}
+        plain = {"dataset", "collate_fn", "name", "hand_over", "draws", "by_batch", "collate_draws"}
         return {name: value for name, value in vars(self).items() if name in plain}  # sources lie in one process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -79,17 +82,17 @@ class Fetch:
 
     def __call__(self, places: Placed, single: bool = False) -> Fetched:
         """Return the batch, or with `single` the one sample, at these places."""
+        outside = states()
         if get_worker_info() is not None:
             try:
-                return Fetched(self._batch(places, single))
+                return Fetched(self._batch(places, single, outside))
             except BaseException as error:  # SystemExit, too: the main process would see a worker that is gone
                 failed = self._named(error, places)
                 if not self.hand_over:
                     raise failed from failed.__cause__
                 return Fetched(Failure(failed))
-        outside = states()
         try:
-            return Fetched(self._batch(places, single))
+            return Fetched(self._batch(places, single, outside))
         except (Exception, GeneratorExit) as error:  # SystemExit and KeyboardInterrupt may come from a signal
             failed = self._named(error, places)
             if failed is error:
@@ -98,10 +101,10 @@ class Fetch:
         finally:
             give_back(outside)
 
-    def _batch(self, places: Placed, single: bool) -> Any:
-        samples = self._loaded(places)
+    def _batch(self, places: Placed, single: bool, outside: list[Any]) -> Any:
+        samples = self._loaded(places, outside)
         self._samples = None
-        if self.collate_fn not in (default_collate, default_convert):  # which draw nothing
+        if self.collate_draws:
             seed_all((places.seed + places.places.start * ODD + 1) & MASK)
         try:
             return self.collate_fn(samples[0] if single else samples)
@@ -110,53 +113,59 @@ class Fetch:
             raise
 
     # ------------------------------------------------------------------ loading
-    def _loaded(self, places: Placed) -> Any:
+    def _loaded(self, places: Placed, outside: list[Any]) -> Any:
         if self._probed < PROBED:
             return self._probe(places)
-        if not self._watched:
-            return self._load(places)
-        before = [source.get() for source in self._watched]
         samples = self._load(places)
-        moved = [source for source, state in zip(self._watched, before, strict=True) if source.moved(state)]
-        if not moved:
-            return samples
-        self._seeded = self._seeded + moved
-        self._watched = [source for source in self._watched if source not in moved]
-        return self._load(places)
+        moved = [at for at in self._watched if sources()[at].moved(outside[at])]
+        if moved:
+            self._watch_no_more(moved)
+            samples = self._load(places)
+        return samples
+
+    def _watch_no_more(self, moved: list[int]) -> None:
+        """Seed these sources for each sample from now on: they are drawn from."""
+        self._watched = [at for at in self._watched if at not in moved]
+        self._seeds += [sources()[at].seed for at in moved]
 
     def _load(self, places: Placed) -> Any:
         """Load the samples, each with the sources that are drawn from seeded for it."""
-        dataset, begin, seed = self.dataset, [source.seed for source in self._seeded], places.seed
-        self._samples = samples = []
+        dataset, seeds = self.dataset, self._seeds
+        samples: list[Any] = []
+        self._samples = samples
+        own, step = places.seed + places.places.start * ODD, places.places.step * ODD
         if self.by_batch:
-            for seeded in begin:
-                seeded((seed + places.places.start * ODD) & MASK)
+            for seed in seeds:
+                seed(own & MASK)
             return dataset.__getitems__(places[:])
-        if not begin:
+        if not seeds:
+            samples.extend(map(getitem, repeat(dataset), places))
+        elif len(seeds) == 1:
+            seed = seeds[0]
             for index in places:
+                seed(own & MASK)
                 samples.append(dataset[index])
-            return samples
-        for index, place in zip(places, places.places, strict=True):
-            own = (seed + place * ODD) & MASK
-            for seeded in begin:
-                seeded(own)
-            samples.append(dataset[index])
+                own += step
+        else:
+            for index in places:
+                for seed in seeds:
+                    seed(own & MASK)
+                samples.append(dataset[index])
+                own += step
         return samples
 
     def _probe(self, places: Placed) -> Any:
         """Load the samples with all sources seeded, and see which of them are drawn from."""
-        self._samples = samples = []
-        self._watched = [source for source in sources() if source not in self._seeded]
+        samples: list[Any] = []
+        self._samples = samples
         for index, place in zip(places, places.places, strict=True):
             seed_all((places.seed + place * ODD) & MASK)
-            before = [source.get() for source in self._watched]
+            before = states()
             if self.by_batch:
                 samples = self.dataset.__getitems__(places[:])
             else:
                 samples.append(self.dataset[index])
-            moved = [source for source, state in zip(self._watched, before, strict=True) if source.moved(state)]
-            self._seeded = self._seeded + moved
-            self._watched = [source for source in self._watched if source not in moved]
+            self._watch_no_more([at for at in self._watched if sources()[at].moved(before[at])])
             if self.by_batch:
                 break
         self._probed += len(places)

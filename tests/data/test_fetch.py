@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset, Subset, default_collate, get_worker_info
 
-from trainkit.data.fetch import PROBED, Fetch, Served, takes_batches
+from trainkit.data.fetch import PROBED, Fetch
 from trainkit.data.loader import Loader
 from trainkit.data.order import Placed
 from trainkit.data.seeding import states
+from trainkit.data.served import Served, takes_batches
 
 
 class Noisy(Dataset[Any]):

@@ -9,20 +9,20 @@ batch, which is loaded again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import repeat
 from operator import getitem
 from typing import Any
 
-from torch.utils.data import ConcatDataset, StackDataset, Subset, default_collate, default_convert, get_worker_info
+from torch.utils.data import default_collate, default_convert, get_worker_info
 
 from trainkit.data.failure import Failure, named
 from trainkit.data.order import Placed
-from trainkit.data.seeding import ODD, give_back, seed_all, sources, states
+from trainkit.data.seeding import MASK, ODD, give_back, seed_all, sources, states
+from trainkit.data.served import takes_batches
 
 PROBED = 128
 """So many samples are loaded before a source that was not drawn from is no longer seeded for each."""
-MASK = 2**63 - 1
 
 
 class Fetched:
@@ -186,60 +186,3 @@ class Fetch:
             if samples is None and self._nothing:
                 where += f". The data set returned None for {self._nothing}"
         return named(error, f"{self.name}: {where}.")
-
-
-class Served:
-    """A data set as the DataLoader gets it: in everything but how batches are fetched it is the user's own."""
-
-    __slots__ = ("__weakref__", "_fetch", "_inner")
-
-    def __init__(self, inner: Any, fetch: Fetch) -> None:
-        object.__setattr__(self, "_inner", inner)
-        object.__setattr__(self, "_fetch", fetch)
-
-    def __getitems__(self, indices: Any) -> Any:
-        if type(indices) is Placed:
-            return self._fetch(indices)
-        if callable(batch := getattr(self._inner, "__getitems__", None)):
-            return batch(indices)
-        return [self._inner[index] for index in indices]
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._fetch(index, single=True) if type(index) is Placed else self._inner[index]
-
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._inner)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._inner, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self._inner, name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return type(self._inner)
-
-    def __repr__(self) -> str:
-        return repr(self._inner)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Served, (self._inner, self._fetch)
-
-
-def takes_batches(dataset: Any) -> bool:
-    """Whether a data set loads a batch at a time, and does not go through it sample by sample itself."""
-    if type(dataset) is Subset:
-        return takes_batches(dataset.dataset)
-    if type(dataset) is ConcatDataset:
-        return hasattr(dataset, "__getitems__") and all(map(takes_batches, dataset.datasets))
-    if type(dataset) is StackDataset:
-        parts: Any = dataset.datasets
-        return all(map(takes_batches, parts.values() if isinstance(parts, dict) else parts))
-    return callable(getattr(dataset, "__getitems__", None))

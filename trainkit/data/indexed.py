@@ -23,9 +23,10 @@ from torch.utils.data import (
 
 from trainkit.data.distributed import UnrepeatedDistributedSampler
 from trainkit.data.failure import Failure
-from trainkit.data.fetch import Collate, Fetch, Served
+from trainkit.data.fetch import Collate, Fetch
 from trainkit.data.order import DealtOrder, EpochOrder, PlacedBatches, PlacedSamples, SamplerOrder
 from trainkit.data.samplers import draws_nothing, length_of, sampler_of, set_epoch
+from trainkit.data.served import Served
 from trainkit.data.workers import Crew
 
 ALONE = {

@@ -20,8 +20,9 @@ from trainkit.data.failure import named
 from trainkit.data.indexed import Indexed
 from trainkit.data.samplers import length_of, sampler_of, set_epoch
 from trainkit.data.seeding import kept
+from trainkit.data.served import ByIndex
 from trainkit.data.stateful import Begun, Remembered, has_state, stateful_sampler, tell_of_draws, tell_of_order
-from trainkit.data.workers import Crew
+from trainkit.data.workers import Crew, WorkerStart
 from trainkit.errors import CheckpointError, MisconfigurationException, warn
 from trainkit.random import derived_seed, draw_seed
 
@@ -175,9 +176,12 @@ class Loader(Batches):
         """What a DataLoader over data with indices is gone through by."""
         self._generator: torch.Generator | None = None  # the DataLoader's, seeded for each epoch
         self._crew: Crew | None = None  # its worker processes
+        self._by_index: ByIndex | None = None  # the data set of a DataLoader that keeps its own order
         self.iterable: Any = source
         if isinstance(source, DataLoader) and self.remembered is None:  # StatefulDataLoader has an order of its own
             self.iterable = self._adapt(source)
+        elif isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
+            self._by_index = ByIndex(source.dataset, name)
         self.claimed = length_of(self.iterable)
         self.num_batches = limited(self.claimed, limit, name, argument, may_be_empty)
         self._resumed = False
@@ -250,12 +254,29 @@ class Loader(Batches):
             saved = self.remembered is not None
             tell_of_draws(self.name, self.source.dataset, self.source.num_workers, saved)
 
+    def _iterator_of_source(self, epoch: int, seed: int) -> Iterator[Any]:
+        """Begin with the user's own DataLoader, which for this moment has the data set and the worker start of ours."""
+        source: Any = self.source
+        attributes = vars(source)
+        before = {name: attributes[name] for name in ("dataset", "worker_init_fn")}
+        attributes["worker_init_fn"] = WorkerStart(source.worker_init_fn)
+        if self._by_index is not None:
+            self._by_index.begin(epoch, seed)
+            attributes["dataset"] = self._by_index
+        try:
+            return iter(source)
+        finally:
+            attributes.update(before)
+
     def _seeded(self, epoch: int, first: int, lap: int) -> Iterator[Any]:
         """Load each batch with random sources that are a function of its index; the run keeps its own."""
         loader, seed = self.iterable, derived_seed(self.seed or 0, epoch, *[lap] * (lap > 0))
         if self._generator is not None:
             self._generator.manual_seed(seed)
-        batches = kept(seed, iter, loader)
+        if loader is self.source:
+            batches = kept(seed, self._iterator_of_source, epoch, seed)
+        else:
+            batches = kept(seed, iter, loader)
         receive = partial(next, batches, batches) if self._crew is None else partial(self._crew.receive, batches)
         return self._each_seeded(batches, receive, seed, epoch, first)
 

@@ -23,6 +23,7 @@ WORDS = 624
 NUMPYS, PYTHONS = 0x5851F42D4C957F2D, 0x14057B7EF767814F
 """What tells their seeds from torch's: from one and the same seed all three would draw the same numbers."""
 NO_NORMAL = bytes(16)
+MASK = 2**63 - 1
 ODD = 0x1E3779B97F4A7C15
 """The step between the seeds of two samples; odd, so that no two of 2**32 have a seed's low 32 bits in common."""
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, _utils, get_worker_info
 
-from trainkit.data.fetch import Served
 from trainkit.data.order import Placed
+from trainkit.data.served import Served
 
 IGNORED = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
@@ -49,7 +49,7 @@ class WorkerStart:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
         self._end_with_parent()
         info: Any = get_worker_info()
-        if isinstance(info.dataset, Served) or type(info.dataset) is Served:
+        if issubclass(type(info.dataset), Served):
             inner = object.__getattribute__(info.dataset, "_inner")
             _utils.worker._worker_info = dataclasses.replace(info, dataset=inner)  # what the user's code asks for
         if self.then is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     os.environ["PL_SEED_WORKERS"] = str(int(workers))
     random.seed(seed)
     torch.manual_seed(seed)
-    _numpy().seed(seed)
+    numpy_random().seed(seed)
     if verbose:
         print(f"seed {seed}")
     return seed
@@ -52,7 +52,7 @@ def random_state(include_cuda: bool = True) -> dict[str, Any]:
     Args:
         include_cuda: False leaves CUDA alone, for a forked process that can't use it.
     """
-    kind, keys, position, has_gauss, gauss = _numpy().get_state()
+    kind, keys, position, has_gauss, gauss = numpy_random().get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), int(position), int(has_gauss), float(gauss)],
@@ -112,36 +112,8 @@ def derived_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def seed_host(seed: int) -> None:
-    """Seed python, numpy and torch on the host. Devices are left alone, which makes it cheap (a few microseconds)."""
-    random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    _numpy().seed(seed & MAX_SEED)
-
-
-def torch_kept(seed: int, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a call gives with seeded random sources; torch's has its state back after, the others cost more."""
-    state = torch.default_generator.get_state()
-    seed_host(seed)
-    try:
-        return call(*arguments)
-    finally:
-        torch.default_generator.set_state(state)
-
-
-def all_kept(seed: int, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a call gives with seeded random sources, which all have their state back after."""
-    python, numpy, host = random.getstate(), _numpy().get_state(), torch.default_generator.get_state()
-    seed_host(seed)
-    try:
-        return call(*arguments)
-    finally:
-        random.setstate(python)
-        _numpy().set_state(numpy)
-        torch.default_generator.set_state(host)
-
-
-def _numpy() -> Any:
+def numpy_random() -> Any:
+    """Return `numpy.random`."""
     import numpy as np  # torch has imported it already when it is installed
 
     return np.random

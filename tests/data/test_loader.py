@@ -34,8 +34,9 @@ from torch.utils.data import (
 )
 
 from trainkit import Callback, Module, Trainer
-from trainkit.data.loader import IgnoreInterrupts, Loader, limited
+from trainkit.data.loader import Loader, limited
 from trainkit.data.samplers import in_sequence, length_of
+from trainkit.data.workers import WorkerStart
 from trainkit.errors import MisconfigurationException
 
 
@@ -198,12 +199,10 @@ def test_other_samplers_keep_their_order_which_is_a_function_of_seed_and_epoch(s
     def loader(seed: int = 1) -> Loader:
         return wrapped(DataLoader(Numbers(10), batch_size=2, sampler=sampler), seed=seed)
 
-    assert loader().order is None
     epoch = taken(loader(), 3)
     assert sum(len(batch) for _, batch, _ in epoch) == len(sampler)
     torch.manual_seed(3)
-    with pytest.warns(UserWarning, match="can't be repositioned"):
-        assert taken(loader(), 3, start=1) == epoch[1:]
+    assert taken(loader(), 3, start=1) == epoch[1:]
     if isinstance(sampler, RandomSampler):
         assert len({str(taken(loader(seed), epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
 
@@ -214,7 +213,7 @@ def test_a_batch_sampler_of_another_kind_keeps_its_batches_on_a_restart_too() ->
         return wrapped(DataLoader(Numbers(10), batch_sampler=batches), seed=5)
 
     epoch = taken(loader(), 1)
-    with pytest.warns(UserWarning, match="can't be repositioned"):
+    with pytest.warns(UserWarning, match="may not be what it would have been: Single decides it"):
         assert taken(loader(), 1, start=2) == epoch[2:]
 
 
@@ -539,7 +538,7 @@ class Sizes(Numbers):
 def test_a_worker_runs_the_users_own_start_and_ignores_ctrl_c() -> None:
     loader = wrapped(DataLoader(Sizes(2), num_workers=1, worker_init_fn=remember))
     assert [batch for _, batch, _ in taken(loader)] == [[102], [102]]
-    copied = pickle.loads(pickle.dumps(IgnoreInterrupts(remember)))  # as workers that are spawned get it
+    copied = pickle.loads(pickle.dumps(WorkerStart(remember)))  # as workers that are spawned get it
     assert copied.then is remember
 
 

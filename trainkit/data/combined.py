@@ -11,6 +11,7 @@ sequential         the last               is followed by the next one
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self
 
@@ -194,6 +195,32 @@ class Combination(Batches):
         opened = [loader.open(epoch, start - begun, lap) for loader, (lap, begun) in laps]
         rounds = combine(self.mode, opened, again, start, {index for index, (_, (lap, _)) in enumerate(laps) if lap})
         return (refilled(self.structure, batches) for batches in rounds)
+
+    def samples_of(self, epoch: int, batch_idx: int) -> list[Any] | None:
+        """Return the indices of the samples in a batch, a list for each loader; None for one that is over."""
+        places = [self._place(loader, batch_idx) for loader in self.loaders]
+        return [
+            None if place is None else loader.samples_of(epoch, *place)
+            for loader, place in zip(self.loaders, places, strict=True)
+        ]
+
+    def batch_at(self, epoch: int, batch_idx: int) -> Any:
+        """Return one batch of an epoch, with the samples and the random numbers that it has in the run."""
+        if batch_idx >= self.claimed:
+            return super().batch_at(epoch, batch_idx)
+        places = [self._place(loader, batch_idx) for loader in self.loaders]
+        batches = [
+            None if place is None else loader.batch_at(epoch, *place)
+            for loader, place in zip(self.loaders, places, strict=True)
+        ]
+        return refilled(self.structure, batches)
+
+    def _place(self, loader: Loader, batch_idx: int) -> tuple[int, int] | None:
+        """Return which batch of a loader's data is in a batch, and in which lap; None when the loader is over."""
+        if loader.claimed == math.inf or batch_idx < loader.claimed:
+            return batch_idx, 0
+        lap, rest = divmod(batch_idx, int(loader.claimed))
+        return (rest, lap) if self.mode == "max_size_cycle" else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each loader, and which lap it is in."""

@@ -9,25 +9,22 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Self
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, MapDataPipe
 
-from trainkit.data.distributed import UnrepeatedDistributedSampler
-from trainkit.data.order import DealtOrder, EpochOrder, SeededBatches, batch_seed
-from trainkit.data.samplers import draws_nothing, length_of, sampler_of, set_epoch
+from trainkit.data.failure import named
+from trainkit.data.indexed import Indexed
+from trainkit.data.samplers import length_of, sampler_of, set_epoch
+from trainkit.data.seeding import kept
+from trainkit.data.served import ByIndex
+from trainkit.data.stateful import Begun, Remembered, has_state, stateful_sampler, tell_of_draws, tell_of_order
+from trainkit.data.workers import Crew, WorkerStart
 from trainkit.errors import CheckpointError, MisconfigurationException, warn
-from trainkit.random import all_kept, derived_seed, draw_seed, torch_kept
+from trainkit.random import derived_seed, draw_seed
 
 
 class Batches:
@@ -61,6 +58,23 @@ class Batches:
     def open(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of an epoch."""
         return iter(())
+
+    def samples_of(self, epoch: int, batch_idx: int) -> list[Any] | None:
+        """Return the indices of the samples in a batch of an epoch; None where the data have none.
+
+        Several loaders that are drawn from at once have an entry each.
+        """
+        return None
+
+    def batch_at(self, epoch: int, batch_idx: int) -> Any:
+        """Return one batch of an epoch, with the samples and the random numbers that it has in the run.
+
+        It is loaded in this process. Data with indices may be gone through by somebody else meanwhile.
+
+        Raises:
+            IndexError: there is no such batch.
+        """
+        raise IndexError(f"{self.name} has no batch {batch_idx} in epoch {epoch}.")
 
     def limited_to(self, most: float) -> Self:
         """Return the same with at most so many batches."""
@@ -155,22 +169,22 @@ class Loader(Batches):
             raise TypeError(f"{name} must be an iterable of batches. Received: {received}.{hint}")
         self.source = source
         self.read_once = isinstance(source, Iterator)
-        self.stateful = all(callable(getattr(source, f"{verb}state_dict", None)) for verb in ("", "load_"))
+        self.remembered: Remembered | None = Remembered(source) if has_state(source) else None
+        self.begun: Begun | None = None
         self.seed = seed
-        self.order: EpochOrder | None = None
+        self.indexed: Indexed | None = None
+        """What a DataLoader over data with indices is gone through by."""
         self._generator: torch.Generator | None = None  # the DataLoader's, seeded for each epoch
-        self._may_draw = False  # loading a batch may draw random numbers in this process
-        self._uses_order = False  # an __iter__ of a subclass may bring an order of its own: seen when it is called
-        self.batch_size = 1
+        self._crew: Crew | None = None  # its worker processes
+        self._by_index: ByIndex | None = None  # the data set of a DataLoader that keeps its own order
         self.iterable: Any = source
-        if isinstance(source, DataLoader) and not self.stateful:  # StatefulDataLoader has an order of its own
+        if isinstance(source, DataLoader) and self.remembered is None:  # StatefulDataLoader has an order of its own
             self.iterable = self._adapt(source)
+        elif isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
+            self._by_index = ByIndex(source.dataset, name)
         self.claimed = length_of(self.iterable)
         self.num_batches = limited(self.claimed, limit, name, argument, may_be_empty)
-        self._state: Any = None  # a stateful source's, before the batch that it gave last
-        self._finished: Any = None  # and at the end of its data
-        self._over = False
-        self._restored = False
+        self._resumed = False
 
     @property
     def parts(self) -> list[Loader]:
@@ -178,121 +192,130 @@ class Loader(Batches):
         return [self]
 
     def _adapt(self, loader: DataLoader[Any]) -> DataLoader[Any]:
-        """Return the DataLoader with an order that can be repositioned; the user's object is left as it is."""
-        adapted = copy.copy(loader)
-        attributes = vars(adapted)  # DataLoader refuses assignment to most of these after its construction
-        attributes["_iterator"] = None
-        if loader.num_workers > 0:
-            attributes["worker_init_fn"] = IgnoreInterrupts(loader.worker_init_fn)
-        batches, sampler = loader.batch_sampler, sampler_of(loader)
-        given = getattr(sampler, "generator", None) or loader.generator
-        if given is not None or self.seed is None:
+        """Return a copy of the DataLoader that goes through it from any batch on, or as near to that as it can."""
+        given = getattr(sampler_of(loader), "generator", None) or loader.generator
+        if isinstance(given, torch.Generator) or self.seed is None:
             self.seed = draw_seed(given)
-        shuffled = (
-            type(sampler) is RandomSampler
-            and not sampler.replacement
-            and sampler.num_samples == length_of(sampler.data_source)
-        )
-        is_dealt = type(sampler) in (DistributedSampler, UnrepeatedDistributedSampler)
-        known = shuffled or is_dealt or type(sampler) is SequentialSampler
-        if type(batches) not in (BatchSampler, type(None)) or not known:
-            self._may_draw = True
-            if loader.generator is None:
-                attributes["generator"] = self._generator = torch.Generator()
-            return adapted
-        self._may_draw = loader.num_workers == 0 and not draws_nothing(loader)
-        if is_dealt:
-            self.order = DealtOrder(sampler, self.seed)
-        else:
-            self.order = EpochOrder(sampler.data_source, shuffled, self.seed)
-        self._uses_order = type(loader).__iter__ is DataLoader.__iter__
-        attributes["sampler"] = self.order
-        attributes["generator"] = self._generator = torch.Generator()
-        if isinstance(batches, BatchSampler):
-            self.batch_size = batches.batch_size
-            kind = SeededBatches if loader.num_workers > 0 else BatchSampler
-            attributes["batch_sampler"] = kind(self.order, batches.batch_size, batches.drop_last)
+        if loader.num_workers > 0:
+            self._crew = Crew(loader, self.name)
+        elif has_state(loader.dataset):
+            self.remembered = Remembered(loader.dataset)
+        if not isinstance(loader.dataset, (IterableDataset, MapDataPipe)):
+            self.indexed = Indexed(loader, self.name, self.seed or 0, self._crew)
+            sampler = stateful_sampler(loader)
+            self.begun = Begun(sampler) if sampler is not None else None
+            return self.indexed.loader
+        adapted = copy.copy(loader)
+        vars(adapted)["_iterator"] = None  # DataLoader refuses assignment to most of these after its construction
+        if loader.generator is None:
+            vars(adapted)["generator"] = self._generator = torch.Generator()
+        if self._crew is not None:
+            self._crew.serve(adapted)
         return adapted
 
     def open(self, epoch: int, start: int = 0, lap: int = 0) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of a lap of an epoch."""
-        batches: Iterator[Any]
-        order = self.order
-        if not isinstance(self.iterable, DataLoader) or self.stateful:
-            set_epoch(self.iterable, epoch)
-            if self.stateful:
-                return self._open_stateful(start, lap)
-            return self._fast_forward(iter(self.iterable), start)
-        seed = derived_seed(self.seed or 0, epoch, *[lap] * (lap > 0))
-        if self._generator is not None:
-            self._generator.manual_seed(seed)
-        if order is not None:
-            order.epoch, order.lap, order.start = epoch, lap, start * self.batch_size
-            batches = self._seeded(iter(self.iterable), seed, start, start) if self._may_draw else iter(self.iterable)
-            if self._uses_order:
+        inside = start > 0 or lap > 0
+        if self._resumed or inside:
+            self._tell_what_is_not_exact()
+        if self.begun is not None:
+            self.begun.begin(inside)
+            batches = self._opened(epoch, start, lap)
+            return self.begun.to_its_end(batches, start, self.claimed)
+        if self.remembered is not None:
+            begin = partial(self._opened, epoch, start, lap)
+            return self.remembered.open(begin, start, inside, self.claimed)
+        return self._opened(epoch, start, lap)
+
+    def _opened(self, epoch: int, start: int, lap: int, stands: bool = False) -> Iterator[Any]:
+        """Return an iterator that begins with a batch; `stands`: what is not data with indices stands there already."""
+        if self.indexed is not None:
+            batches = self.indexed.open(epoch, start, lap)
+            if self.indexed.standard:
                 return batches
-            first = list(itertools.islice(batches, 1))
-            self._uses_order = order.used
-            if not order.used:
-                self.order = None
-            if order.used or start == 0:
+            first = list(itertools.islice(batches, 1))  # a subclass may have an order of its own: seen when it begins
+            if self.indexed.order.used:
+                return itertools.chain(first, batches)
+            self.indexed = None
+            if start == 0:
                 return itertools.chain(first, batches)
         set_epoch(self.iterable, epoch)
-        return self._fast_forward(self._seeded(all_kept(seed, iter, self.iterable), seed, 0, start), start)
+        if isinstance(self.iterable, DataLoader):
+            batches = self._seeded(epoch, start if stands else 0, lap)
+        else:
+            batches = iter(self.iterable)
+        return batches if stands else self._fast_forward(batches, start)
 
-    @staticmethod
-    def _seeded(batches: Iterator[Any], seed: int, index: int, start: int) -> Iterator[Any]:
-        """Load each batch with random sources that are a function of its index.
+    def _tell_what_is_not_exact(self) -> None:
+        self._resumed = False
+        if isinstance(self.source, DataLoader) and self.iterable is not self.source:
+            if self.indexed is not None:
+                tell_of_order(self.name, self.source)
+            saved = self.remembered is not None
+            tell_of_draws(self.name, self.source.dataset, self.source.num_workers, saved)
 
-        Up to the first batch that is asked for the run's own random state is kept as a checkpoint brought it; later
-        torch's is, while python's and numpy's go on from what the batch left, which is a function of its index, too.
-        """
-        while True:
-            kept = torch_kept if index > start else all_kept
-            batch = kept(batch_seed(seed, index), next, batches, batches)
+    def _iterator_of_source(self, epoch: int, seed: int) -> Iterator[Any]:
+        """Begin with the user's own DataLoader, which for this moment has the data set and the worker start of ours."""
+        source: Any = self.source
+        attributes = vars(source)
+        before = {name: attributes[name] for name in ("dataset", "worker_init_fn")}
+        attributes["worker_init_fn"] = WorkerStart(source.worker_init_fn)
+        if self._by_index is not None:
+            self._by_index.begin(epoch, seed)
+            attributes["dataset"] = self._by_index
+        try:
+            return iter(source)
+        finally:
+            attributes.update(before)
+
+    def _seeded(self, epoch: int, first: int, lap: int) -> Iterator[Any]:
+        """Load each batch with random sources that are a function of its index; the run keeps its own."""
+        loader, seed = self.iterable, derived_seed(self.seed or 0, epoch, *[lap] * (lap > 0))
+        if self._generator is not None:
+            self._generator.manual_seed(seed)
+        if loader is self.source:
+            batches = kept(seed, self._iterator_of_source, epoch, seed)
+        else:
+            batches = kept(seed, iter, loader)
+        receive = partial(next, batches, batches) if self._crew is None else partial(self._crew.receive, batches)
+        return self._each_seeded(batches, receive, seed, epoch, first)
+
+    def _each_seeded(
+        self, batches: Iterator[Any], receive: Callable[[], Any], seed: int, epoch: int, first: int
+    ) -> Iterator[Any]:
+        for index in itertools.count(first):
+            try:
+                batch = kept(seed + 1 + index, receive)
+            except Exception as error:
+                failed = named(error, f"{self.name}: loading batch {index} of epoch {epoch} failed.")
+                if failed is not error:
+                    raise failed from error
+                raise
             if batch is batches:
                 return
             yield batch
-            index += 1
+
+    def samples_of(self, epoch: int, batch_idx: int, lap: int = 0) -> list[Any] | None:
+        """Return the indices of the samples in a batch; `lap`: how often the data were gone through in the epoch."""
+        return self.indexed.samples_of(epoch, batch_idx, lap) if self.indexed is not None else None
+
+    def batch_at(self, epoch: int, batch_idx: int, lap: int = 0) -> Any:
+        """Return one batch of an epoch; `lap`: how often the data were gone through before in it."""
+        opened = self.indexed.alone() if self.indexed is not None else self
+        for batch in opened.open(epoch, batch_idx, lap):
+            return batch
+        raise IndexError(f"{self.name} has no batch {batch_idx} in epoch {epoch}.")
 
     def _fast_forward(self, batches: Iterator[Any], start: int) -> Iterator[Any]:
         if start:
             warn(
-                f"{self.name} can't be repositioned, so its first {start} batches are read and thrown away. They are "
-                "the ones that were trained on only if it gives the same order again."
+                f"{self.name} can't be repositioned, so its first {start} batches are read and thrown away. The run "
+                "is exact only if it gives the same batches again. What makes it so: data with indices in a "
+                "DataLoader; or state_dict and load_state_dict, of the data set with num_workers=0, or of the loader, "
+                "as torchdata's StatefulDataLoader has them."
             )
             next(itertools.islice(batches, start - 1, start), None)
         return batches
-
-    def _open_stateful(self, start: int, lap: int) -> Iterator[Any]:
-        """Open a source that knows its position: a restored one goes on where its state says."""
-        inside = start > 0 or lap > 0
-        if self._restored and self._over and inside:  # beside longer loaders
-            return iter(())
-        state = self._state if inside else self._finished  # at the beginning: where the epoch before ended
-        if self._restored and state is not None:
-            self.source.load_state_dict(copy.deepcopy(state))
-            batches = iter(self.source)
-        else:
-            batches = self._fast_forward(iter(self.source), start)
-        self._restored, self._over, self._finished = False, False, None
-        return self._remembered(batches, start)
-
-    def _remembered(self, batches: Iterator[Any], given: int) -> Iterator[Any]:
-        """Remember the state before each batch, because the run is one behind what it has looked at.
-
-        The source is read to its end as a for loop would, so that it knows that its data are over.
-        """
-        while True:
-            state = copy.deepcopy(self.source.state_dict())
-            batch = next(batches, batches)
-            given += 1
-            if batch is batches or (given == self.claimed and next(batches, batches) is batches):
-                self._finished = copy.deepcopy(self.source.state_dict())
-            self._state, self._over = state, batch is batches
-            if self._over:
-                return
-            yield batch
 
     def close(self) -> None:
         """Stop persistent workers."""
@@ -306,14 +329,16 @@ class Loader(Batches):
     def reseed(self, seed: int | None) -> None:
         """Draw from another seed."""
         self.seed = seed
-        if self.order is not None and seed is not None:
-            self.order.seed = seed
+        if self.indexed is not None and seed is not None:
+            self.indexed.order.seed = seed
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order is drawn from, and the position of a source that keeps its own."""
         state: dict[str, Any] = {"seed": self.seed}
-        if self.stateful:
-            state["source"] = {"state": self._state, "finished": self._finished, "over": self._over}
+        if self.remembered is not None:
+            state["source"] = self.remembered.state_dict()
+        if self.begun is not None:
+            state["sampler"] = self.begun.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -322,22 +347,11 @@ class Loader(Batches):
             raise CheckpointError(f"{self.name} is one loader, the checkpoint was written with several.")
         if state["seed"] is not None:
             self.reseed(state["seed"])
-        if self.stateful and "source" in state:
-            source = state["source"]
-            self._state, self._finished, self._over = source["state"], source["finished"], source["over"]
-            self._restored = True
-
-
-class IgnoreInterrupts:
-    """Let a worker leave Ctrl-C to the main process, which finishes its step with the batches already under way."""
-
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self.then = then
-
-    def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if self.then is not None:
-            self.then(worker)
+        if self.remembered is not None and "source" in state:
+            self.remembered.load_state_dict(state["source"])
+        if self.begun is not None and "sampler" in state:
+            self.begun.load_state_dict(state["sampler"])
+        self._resumed = True
 
 
 def limited(length: int | float, limit: float, name: str, argument: str, may_be_empty: bool = False) -> int | float:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sized
 from typing import Any
 
-import torch
 from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
-from trainkit.random import derived_seed, seed_host
+from trainkit.data.permutation import Permutation, permutation
+from trainkit.data.seeding import own_stream
+from trainkit.random import derived_seed
 
 
 class EpochOrder(Sampler[int]):
@@ -21,6 +23,9 @@ class EpochOrder(Sampler[int]):
         seed: what the orders are drawn from.
     """
 
+    known = True
+    """Whether any position of any epoch can be asked for."""
+
     def __init__(self, data: Sized, shuffle: bool, seed: int) -> None:
         self.data, self.shuffle, self.seed = data, shuffle, seed
         self.epoch = 0
@@ -29,6 +34,7 @@ class EpochOrder(Sampler[int]):
         self.start = 0
         self.used = False
         """Whether anybody has iterated over it."""
+        self._permutation: Permutation | None = None  # the epoch's, as soon as anybody has asked
 
     def __len__(self) -> int:
         return len(self.data)
@@ -37,12 +43,33 @@ class EpochOrder(Sampler[int]):
         self.used = True
         if not self.shuffle:
             return iter(range(self.start, len(self)))
-        generator = torch.Generator().manual_seed(self.epoch_seed())
-        return iter(torch.randperm(len(self), generator=generator)[self.start :].tolist())
+        return itertools.chain.from_iterable(self.permutation().blocks(self.start, len(self)))
+
+    def permutation(self) -> Permutation:
+        """Return the epoch's order: which index is at which position, and the other way round."""
+        n, seed = len(self), self.epoch_seed()
+        kept = self._permutation
+        if kept is None or (kept.n, kept.seed) != (n, seed):
+            self._permutation = kept = permutation(n, seed) if self.shuffle else Permutation(n, seed)
+        return kept
+
+    def indices(self, start: int, stop: int) -> list[int]:
+        """Return the indices at positions `start` to `stop` of the epoch, fewer where it ends before."""
+        return list(itertools.chain.from_iterable(self.permutation().blocks(start, stop)))
+
+    def positions(self, start: int, stop: int) -> range:
+        """Return where in the epoch these are for all processes together, which is what their draws depend on."""
+        return range(start, stop)
 
     def epoch_seed(self) -> int:
         """Return the 63-bit seed of the epoch's lap."""
         return derived_seed(self.seed, self.epoch, *[self.lap] * (self.lap > 0))
+
+    def at(self, epoch: int, lap: int = 0, start: int = 0) -> EpochOrder:
+        """Return this order standing elsewhere; whoever goes through this one is not disturbed."""
+        elsewhere = object.__new__(type(self))
+        vars(elsewhere).update(vars(self), epoch=epoch, lap=lap, start=start)
+        return elsewhere
 
 
 class DealtOrder(EpochOrder):
@@ -62,38 +89,119 @@ class DealtOrder(EpochOrder):
         self.sampler.set_epoch(self.epoch)
         return itertools.islice(iter(self.sampler), self.start, None)
 
+    def indices(self, start: int, stop: int) -> list[int]:
+        """Return the indices at positions of this process's part."""
+        told = self.sampler.epoch
+        self.sampler.set_epoch(self.epoch)
+        dealt = list(itertools.islice(iter(self.sampler), start, stop))
+        self.sampler.set_epoch(told)
+        return dealt
 
-def batch_seed(epoch_seed: int, batch_idx: int) -> int:
-    """Return what the random sources begin with when a batch is loaded."""
-    return epoch_seed + 1 + batch_idx
-
-
-class SeededBatches(BatchSampler):
-    """Batches of an order for worker processes: what a data set draws at random in there is a function of the batch."""
-
-    def __init__(self, order: EpochOrder, batch_size: int, drop_last: bool) -> None:
-        super().__init__(order, batch_size, drop_last)
-        self.order = order
-
-    def __iter__(self) -> Iterator[list[int]]:
-        seed = batch_seed(self.order.epoch_seed(), self.order.start // self.batch_size)
-        for number, indices in enumerate(super().__iter__()):
-            yield SeededIndices(indices, seed + number)
+    def positions(self, start: int, stop: int) -> range:
+        """Return where in the epoch these are for all processes together: dealt out one to each in turn."""
+        replicas, rank = self.sampler.num_replicas, self.sampler.rank
+        return range(start * replicas + rank, stop * replicas + rank, replicas)
 
 
-class SeededIndices(list[int]):
-    """The samples of a batch. Whoever goes through them in order to load them has fresh random sources.
+class SamplerOrder(EpochOrder):
+    """The order of a sampler that trainkit does not know, which is gone through from the epoch's beginning.
 
-    So a worker draws the same whichever of them it is and whatever it loaded before.
+    What it draws from torch's, numpy's and python's default sources is a function of the epoch: it has them to itself.
+
+    Args:
+        sampler: gives indices, or the batches themselves.
+        seed: what its draws come from.
     """
 
-    def __init__(self, indices: list[int], seed: int) -> None:
+    known = False
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        super().__init__(sampler, True, seed)
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        self.used = True
+        return itertools.islice(own_stream(self.epoch_seed(), self.sampler), self.start, None)
+
+
+class Placed(list[Any]):
+    """The indices of a batch, with their places in the run, which what is drawn for each of them depends on.
+
+    Args:
+        indices: of the data set, or whatever the sampler gives.
+        places: the position of each in the epoch.
+        batch_idx: which batch of the epoch it is.
+        epoch: for messages.
+        seed: the epoch's.
+    """
+
+    __slots__ = ("batch_idx", "epoch", "places", "seed")
+
+    def __init__(self, indices: list[Any], places: range, batch_idx: int, epoch: int, seed: int) -> None:
         super().__init__(indices)
-        self.seed = seed
+        self.places, self.batch_idx, self.epoch, self.seed = places, batch_idx, epoch, seed
 
-    def __iter__(self) -> Iterator[int]:
-        seed_host(self.seed)
-        return super().__iter__()
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return Placed, (self[:], self.places, self.batch_idx, self.epoch, self.seed)
 
-    def __reduce__(self) -> tuple[type, tuple[list[int], int]]:
-        return SeededIndices, (self[:], self.seed)  # a slice is plain, and is made without going through the samples
+
+class PlacedBatches(BatchSampler):
+    """The batches of an order, each with its place in the run.
+
+    Args:
+        order: of indices; with a `batch_size` of None of whole batches.
+        batch_size: how many indices make a batch.
+        drop_last: leave out a last batch that is smaller.
+        ahead: how many batches are asked for before one arrives.
+    """
+
+    def __init__(self, order: EpochOrder, batch_size: int | None, drop_last: bool = False, ahead: int = 1) -> None:
+        self.sampler, self.order, self.drop_last = order, order, drop_last
+        self.size = batch_size
+        self.batch_size = batch_size or 1
+        self.asked: deque[Placed] = deque(maxlen=ahead)
+        """The batches that were asked for last."""
+
+    def __len__(self) -> int:
+        if self.size is None:
+            return len(self.order)
+        whole, rest = divmod(len(self.order), self.size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[Placed]:
+        self.asked.clear()
+        order = self.order.at(self.order.epoch, self.order.lap, self.order.start)  # where it stands now
+        self.order.used = True
+        return self._batches(order, iter(order)) if self.size is not None else self._whole_batches(order)
+
+    def _batches(self, order: EpochOrder, indices: Iterator[Any]) -> Iterator[Placed]:
+        size, position, seed, epoch = self.batch_size, order.start, order.epoch_seed(), order.epoch
+        for batch_idx in itertools.count(position // size):
+            batch = list(itertools.islice(indices, size))
+            if not batch or (self.drop_last and len(batch) < size):
+                return
+            stop = position + len(batch)
+            yield self._noted(Placed(batch, order.positions(position, stop), batch_idx, epoch, seed))
+            position = stop
+
+    def _whole_batches(self, order: EpochOrder) -> Iterator[Placed]:
+        """Go through the batches that are skipped, too: how many samples they have says where the others are."""
+        position, seed, epoch, start = 0, order.epoch_seed(), order.epoch, order.start
+        batches: Iterator[Any] = iter(order.at(epoch, order.lap))
+        for batch_idx, batch in enumerate(batches):
+            indices = list(batch)
+            stop = position + len(indices)
+            if batch_idx >= start:
+                yield self._noted(Placed(indices, order.positions(position, stop), batch_idx, epoch, seed))
+            position = stop
+
+    def _noted(self, batch: Placed) -> Placed:
+        self.asked.append(batch)
+        return batch
+
+
+class PlacedSamples(PlacedBatches):
+    """The samples of an order one at a time, each with its place in the run: for a DataLoader without batches."""
+
+    def __init__(self, order: EpochOrder, ahead: int = 1) -> None:
+        super().__init__(order, 1, ahead=ahead)

@@ -1,0 +1,188 @@
+"""Fetch a batch of a data set with indices: each sample's random numbers its own, each error with the sample's name.
+
+What a data set draws from torch's, numpy's and python's default sources while it loads a sample is a function of (seed,
+epoch, position): neither which process loads it nor what was loaded before matters, and in the main process the run's
+own random state is as it was. Seeding costs one to two microseconds a source, so only sources that are drawn from pay
+it: the first samples show which these are. One that is drawn from later, once in a while, is noticed at the end of the
+batch, which is loaded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import repeat
+from operator import getitem
+from typing import Any
+
+from torch.utils.data import default_collate, default_convert, get_worker_info
+
+from trainkit.data.failure import Failure, named
+from trainkit.data.order import Placed
+from trainkit.data.seeding import MASK, ODD, give_back, seed_all, sources, states
+from trainkit.data.served import takes_batches
+
+PROBED = 128
+"""So many samples are loaded before a source that was not drawn from is no longer seeded for each."""
+
+
+class Fetched:
+    """What was fetched, on its way past the DataLoader's own collate_fn."""
+
+    __slots__ = ("batch",)
+
+    def __init__(self, batch: Any) -> None:
+        self.batch = batch
+
+
+class Collate:
+    """The user's collate_fn, for whoever calls it with samples; what is fetched is collated already."""
+
+    def __init__(self, collate_fn: Callable[[Any], Any]) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, data: Any) -> Any:
+        return data.batch if type(data) is Fetched else self.collate_fn(data)
+
+
+class Fetch:
+    """Load the samples of a batch and put them together.
+
+    Args:
+        dataset: the user's.
+        collate_fn: the user's.
+        name: how messages call the loader.
+        hand_over: give an error back as a `Failure`, which whoever receives the batch raises.
+        draws: whether the data set may draw random numbers.
+    """
+
+    def __init__(
+        self, dataset: Any, collate_fn: Callable[[Any], Any], name: str, hand_over: bool = False, draws: bool = True
+    ) -> None:
+        self.dataset, self.collate_fn, self.name, self.hand_over, self.draws = (
+            dataset, collate_fn, name, hand_over, draws
+        )  # fmt: skip
+        self.by_batch = takes_batches(dataset)
+        self.collate_draws = collate_fn is not default_collate and collate_fn is not default_convert
+        self._forget()
+
+    def _forget(self) -> None:
+        self._probed = 0 if self.draws else PROBED
+        self._watched = [0, 1, 2] * self.draws  # the sources that nobody has drawn from
+        self._seeds: list[Callable[[int], Any]] = []  # seed the others, for each sample
+        self._samples: list[Any] | None = None  # of the batch that is being loaded; None while it is collated
+        self._nothing: list[Any] = []  # the indices that the data set returned None for
+
+    def __getstate__(self) -> dict[str, Any]:
+        plain = {"dataset", "collate_fn", "name", "hand_over", "draws", "by_batch", "collate_draws"}
+        return {name: value for name, value in vars(self).items() if name in plain}  # sources lie in one process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __call__(self, places: Placed, single: bool = False) -> Fetched:
+        """Return the batch, or with `single` the one sample, at these places."""
+        outside = states()
+        if get_worker_info() is not None:
+            try:
+                return Fetched(self._batch(places, single, outside))
+            except BaseException as error:  # SystemExit, too: the main process would see a worker that is gone
+                failed = self._named(error, places)
+                if not self.hand_over:
+                    raise failed from failed.__cause__
+                return Fetched(Failure(failed))
+        try:
+            return Fetched(self._batch(places, single, outside))
+        except (Exception, GeneratorExit) as error:  # SystemExit and KeyboardInterrupt may come from a signal
+            failed = self._named(error, places)
+            if failed is error:
+                raise
+            raise failed from error
+        finally:
+            give_back(outside)
+
+    def _batch(self, places: Placed, single: bool, outside: list[Any]) -> Any:
+        samples = self._loaded(places, outside)
+        self._samples = None
+        if self.collate_draws:
+            seed_all((places.seed + places.places.start * ODD + 1) & MASK)
+        try:
+            return self.collate_fn(samples[0] if single else samples)
+        except Exception:
+            self._nothing = [i for i, sample in zip(places, samples, strict=False) if sample is None]
+            raise
+
+    # ------------------------------------------------------------------ loading
+    def _loaded(self, places: Placed, outside: list[Any]) -> Any:
+        if self._probed < PROBED:
+            return self._probe(places)
+        samples = self._load(places)
+        moved = [at for at in self._watched if sources()[at].moved(outside[at])]
+        if moved:
+            self._watch_no_more(moved)
+            samples = self._load(places)
+        return samples
+
+    def _watch_no_more(self, moved: list[int]) -> None:
+        """Seed these sources for each sample from now on: they are drawn from."""
+        self._watched = [at for at in self._watched if at not in moved]
+        self._seeds += [sources()[at].seed for at in moved]
+
+    def _load(self, places: Placed) -> Any:
+        """Load the samples, each with the sources that are drawn from seeded for it."""
+        dataset, seeds = self.dataset, self._seeds
+        samples: list[Any] = []
+        self._samples = samples
+        own, step = places.seed + places.places.start * ODD, places.places.step * ODD
+        if self.by_batch:
+            for seed in seeds:
+                seed(own & MASK)
+            return dataset.__getitems__(places[:])
+        if not seeds:
+            samples.extend(map(getitem, repeat(dataset), places))
+        elif len(seeds) == 1:
+            seed = seeds[0]
+            for index in places:
+                seed(own & MASK)
+                samples.append(dataset[index])
+                own += step
+        else:
+            for index in places:
+                for seed in seeds:
+                    seed(own & MASK)
+                samples.append(dataset[index])
+                own += step
+        return samples
+
+    def _probe(self, places: Placed) -> Any:
+        """Load the samples with all sources seeded, and see which of them are drawn from."""
+        samples: list[Any] = []
+        self._samples = samples
+        for index, place in zip(places, places.places, strict=True):
+            seed_all((places.seed + place * ODD) & MASK)
+            before = states()
+            if self.by_batch:
+                samples = self.dataset.__getitems__(places[:])
+            else:
+                samples.append(self.dataset[index])
+            self._watch_no_more([at for at in self._watched if sources()[at].moved(before[at])])
+            if self.by_batch:
+                break
+        self._probed += len(places)
+        return samples
+
+    # ------------------------------------------------------------------ errors
+    def _named(self, error: BaseException, places: Placed) -> BaseException:
+        samples, positions = self._samples, places.places
+        lies = f"of epoch {places.epoch} (batch {places.batch_idx})"
+        if samples is not None and not self.by_batch and len(samples) < len(places):
+            at = len(samples)
+            where = f"loading the sample with index {places[at]!r} failed, at position {positions[at]} {lies}"
+        else:
+            doing = "loading" if samples is not None else "putting together"
+            where = (
+                f"{doing} the samples with the indices {places[:]} failed, from position {positions.start} on {lies}"
+            )
+            if samples is None and self._nothing:
+                where += f". The data set returned None for {self._nothing}"
+        return named(error, f"{self.name}: {where}.")

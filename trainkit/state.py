@@ -35,13 +35,15 @@ class Progress:
     """Batches finished in all epochs together."""
     window: int = 0
     """Accumulation windows finished, whether or not they updated the weights: Lightning's x axis."""
+    validating: int = 0
+    """The validation after the last batch is due, a signal cut it short: 1 inside an epoch, 2 at its end."""
 
     def state_dict(self) -> dict[str, int]:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         for name in asdict(self):
-            setattr(self, name, int(state.get(name, state["step"])))
+            setattr(self, name, int(state.get(name, state["step"] if name == "window" else 0)))
 
 
 class Each:

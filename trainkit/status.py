@@ -138,12 +138,17 @@ class Status:
     def done(self) -> bool:
         """Whether the run has reached one of its limits."""
         epochs_over = self.max_epochs is not None and 0 <= self.max_epochs <= self.progress.epoch
-        return epochs_over or self.stopping
+        return not self.progress.validating and (epochs_over or self.stopping)
 
     @property
     def stopping(self) -> bool:
         """Whether the run ends after this batch: a step limit, `should_stop`, or a signal."""
-        if self.interruption.signal is not None or 0 <= self.max_steps <= self.progress.step:
+        return self.interruption.signal is not None or self.at_limit
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether this batch is the run's last by its own settings: a step limit, or `should_stop`."""
+        if 0 <= self.max_steps <= self.progress.step:
             return True
         return self.should_stop and self._may_stop()
 

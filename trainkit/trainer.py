@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainkit import arguments, components, loop
+from trainkit import arguments, components, loop, slurm
 from trainkit.accelerators import Accelerator
 from trainkit.callback import Callback
 from trainkit.checkpoint import restore
@@ -31,7 +32,7 @@ from trainkit.optim import LRSchedulerConfig
 from trainkit.precision import Precision
 from trainkit.random import isolated_random
 from trainkit.run import running
-from trainkit.signals import Interruption
+from trainkit.signals import NOTED, STOPS, Interruption
 from trainkit.stages import RunningStage, TrainerFn, TrainerState
 from trainkit.state import Progress
 from trainkit.status import Status, results_table
@@ -210,13 +211,16 @@ class Trainer(Status):
         """
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         anomalies = torch.autograd.set_detect_anomaly(True) if self.detect_anomaly else nullcontext()
-        run = running(self, TrainerFn.FITTING, model, datamodule, self._named_checkpoint(ckpt_path), sources)
-        with run, self.interruption.listening(), anomalies:
+        ckpt_path = slurm.noted_checkpoint(self) or self._named_checkpoint(ckpt_path)
+        run = running(self, TrainerFn.FITTING, model, datamodule, ckpt_path, sources)
+        with slurm.queued_again(self), self.interruption.listening(at_once=STOPS), run, anomalies:
             self._sanity_check()
             self._load_data()
+            self.interruption.at_once = ()  # from here on there is something to finish and to save
             if not self.done and self.num_training_batches > 0:
                 loop.fit(self)
             self.leave_if_interrupted()  # a signal before the first batch or after the last save
+        self.interruption.leave()  # one that came while the run was closed
 
     def validate(
         self,
@@ -272,7 +276,8 @@ class Trainer(Status):
         """
         keep = return_predictions is not False
         ckpt_path = self._default_checkpoint(model, ckpt_path)
-        with running(self, TrainerFn.PREDICTING, model, datamodule, ckpt_path, {"predict": dataloaders}):
+        run = running(self, TrainerFn.PREDICTING, model, datamodule, ckpt_path, {"predict": dataloaders})
+        with self.interruption.listening(at_once=NOTED), run:
             if self.module.predict_step is None or self.module.forward is None:
                 raise MisconfigurationException(
                     f"{type(self.module).__name__} has None for predict_step or forward, which predict calls."
@@ -294,7 +299,8 @@ class Trainer(Status):
     ) -> list[dict[str, float]]:
         ckpt_path = self._default_checkpoint(model, ckpt_path)
         event = "validation" if stage == "validate" else "test"
-        with running(self, TrainerFn(stage), model, datamodule, ckpt_path, {kind: dataloaders}):
+        run = running(self, TrainerFn(stage), model, datamodule, ckpt_path, {kind: dataloaders})
+        with self.interruption.listening(at_once=NOTED), run:
             if not is_overridden(self.module, f"{event}_step"):
                 raise MisconfigurationException(
                     f"{type(self.module).__name__} has no {event}_step, which {stage} calls with each batch."
@@ -344,8 +350,10 @@ class Trainer(Status):
             yield
 
     def leave_if_interrupted(self) -> None:
-        """Raise KeyboardInterrupt or SystemExit when a signal asked this run to end."""
-        self.interruption.leave()
+        """Raise KeyboardInterrupt or SystemExit when a signal asked this run to end. Called where it can be saved."""
+        if self.interruption.signal is not None:
+            slurm.save_if_nobody_does(self)
+            self.interruption.leave()
 
     # ------------------------------------------------------------------ checkpoints
     def save_checkpoint(
@@ -363,8 +371,10 @@ class Trainer(Status):
         """
         if getattr(self, "module", None) is None:
             raise AttributeError("save_checkpoint needs a module: call it during or after fit.")
+        began = time.monotonic()
         with self.profiler.profile("save_checkpoint"):
             self._save_checkpoint(filepath, bool(weights_only), storage_options)
+        self.interruption.save_seconds = max(self.interruption.save_seconds or 0.0, time.monotonic() - began)
 
     def _save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool, storage_options: Any) -> None:
         checkpoint = restore.collect(self, weights_only)

@@ -294,6 +294,20 @@ class Loader(Batches):
                 return
             yield batch
 
+    def samples_of(self, epoch: int, batch_idx: int, lap: int = 0) -> list[Any] | None:
+        """Return the indices of the samples in a batch of an epoch; None where the data have none.
+
+        Args:
+            epoch: which epoch, counted from 0.
+            batch_idx: which batch of it.
+            lap: how often the data were gone through before in it, beside longer ones.
+        """
+        if self.order is None:
+            return None
+        order = copy.copy(self.order)
+        order.epoch, order.lap, order.start = epoch, lap, batch_idx * self.batch_size
+        return list(itertools.islice(order, self.batch_size))
+
     def close(self) -> None:
         """Stop persistent workers."""
         if self.iterable is not self.source:

@@ -338,8 +338,8 @@ def test_the_command_line_ends_with_the_code_and_prints_the_command(
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     words = [
-        "fit", "--model=test_signals_in_processes.ForTheCommandLine", "--trainer.logger=false", "--trainer.max_epochs=2",
-        "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
+        "fit", "--model=test_signals_in_processes.ForTheCommandLine", "--trainer.logger=false",
+        "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.max_epochs=2",
     ]  # fmt: skip
     code, said, _ = ended_by(tmp_path, lambda: main(words), signal.SIGTERM)
     assert code == 143

@@ -29,6 +29,7 @@ def fit(trainer: Trainer) -> None:
     transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
     backward, zero_grad, clip = update.backward, update.zero_grad, update.clip  # None: nothing that is not here
     needs_grad, replay = not update.own_backward, update.replay(training_step, loss_of)
+    step, guard = update.step, update.guard
     log_every = trainer.log_every_n_steps if trainer.loggers else 0
     metrics.x = progress.window
 
@@ -89,13 +90,16 @@ def fit(trainer: Trainer) -> None:
             # Update the weights.
             stepped = trainer.take_manual_step() if not automatic else window_ends and gradients
             if automatic and stepped:
-                moved = replay is None or replay.update(loss, batch_idx)  # through a closure, for whom it must be so
-                for optimizer in optimizers if replay is None else ():
-                    precision.unscale(optimizer)
-                    hooks.on_before_optimizer_step(optimizer)
-                    if clip is not None:
-                        clip(optimizer)
-                    moved &= precision.step(optimizer)  # False: float16 overflowed and the weights were held
+                moved = guard is None or guard.passes(optimizers)  # False: not finite, and nan_policy="skip"
+                if moved and replay is not None:
+                    moved = replay.update(loss, batch_idx)  # through a closure, for whom it must be so
+                elif moved:
+                    for optimizer in optimizers:
+                        precision.unscale(optimizer)
+                        hooks.on_before_optimizer_step(optimizer)
+                        if clip is not None:
+                            clip(optimizer)
+                        moved &= step(optimizer)  # False: float16 overflowed and the weights were held
                 precision.update()
                 gradients = False
                 if moved and schedules.by_step:

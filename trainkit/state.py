@@ -35,6 +35,10 @@ class Progress:
     """Batches finished in all epochs together."""
     window: int = 0
     """Accumulation windows finished, whether or not they updated the weights: Lightning's x axis."""
+    skipped: int = 0
+    """Updates that `nan_policy="skip"` skipped; `step` counts them, too."""
+    skipped_in_a_row: int = 0
+    """Those since the last one that was made."""
     validating: int = 0
     """The validation after the last batch is due, a signal cut it short: 1 inside an epoch, 2 at its end."""
 

@@ -77,6 +77,7 @@ class Status:
     benchmark: bool | None
     inference_mode: bool
     detect_anomaly: bool
+    nan_policy: str
     sync_batchnorm: bool
     use_distributed_sampler: bool
     enable_autolog_hparams: bool
@@ -111,6 +112,11 @@ class Status:
     def global_step(self) -> int:
         """How many optimizer updates are done; several optimizers stepping in one batch count once."""
         return self.progress.step
+
+    @property
+    def skipped_updates(self) -> int:
+        """How many updates `nan_policy="skip"` left out so far; `global_step` counts them, too."""
+        return self.progress.skipped
 
     @property
     def estimated_stepping_batches(self) -> int | float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -31,6 +31,7 @@ from trainkit.module import Module
 from trainkit.optim import LRSchedulerConfig
 from trainkit.precision import Precision
 from trainkit.random import isolated_random
+from trainkit.replay import replayed
 from trainkit.run import running
 from trainkit.signals import NOTED, STOPS, Interruption
 from trainkit.stages import RunningStage, TrainerFn, TrainerState
@@ -87,6 +88,9 @@ class Trainer(Status):
         inference_mode: evaluate under torch.inference_mode (else torch.no_grad).
         profiler: "simple", "advanced", "pytorch" or a Profiler: report where the time of a run goes.
         detect_anomaly: let autograd name the operation that made a NaN. Slow.
+        nan_policy: what to do about an update whose loss or gradients are not finite. "off" (default): nothing;
+            "raise": raise a NonFiniteError before it is made, and write down which samples it was; "skip": leave it
+            out, count it in `skipped_updates`, and raise after 100 in a row.
         reload_dataloaders_every_n_epochs: ask for new loaders every n epochs; 0 for never.
         default_root_dir: where logs and checkpoints go (default: the current directory).
         barebones: turn off everything that could cost time (loggers, checkpoints, progress bar, summary, sanity check,
@@ -142,6 +146,7 @@ class Trainer(Status):
         use_distributed_sampler: bool = True,
         profiler: Profiler | str | None = None,
         detect_anomaly: bool = False,
+        nan_policy: Literal["off", "raise", "skip"] = "off",
         barebones: bool = False,
         plugins: Any = None,
         sync_batchnorm: bool = False,
@@ -219,6 +224,7 @@ class Trainer(Status):
             self.interruption.at_once = ()  # from here on there is something to finish and to save
             if not self.done and self.num_training_batches > 0:
                 loop.fit(self)
+                self.settle()
             self.leave_if_interrupted()  # a signal before the first batch or after the last save
         self.interruption.leave()  # one that came while the run was closed
 
@@ -311,6 +317,31 @@ class Trainer(Status):
             self.print(results_table(stage, results))
         return results
 
+    def replay(
+        self,
+        position: str | os.PathLike[str] | Mapping[str, Any] | tuple[int, int],
+        model: Module | None = None,
+        train_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+    ) -> Any:
+        """Fetch a training batch again: the same samples with the same random draws, on the host.
+
+        Args:
+            position: what `nan_policy="raise"` wrote down, a file or what is in it; or (epoch, batch_idx), both
+                counted from 0.
+            model: whose `train_dataloader` brings the data.
+            train_dataloaders: the data themselves; or the DataModule.
+            datamodule: instead of loaders. Without any of the three, the data are those of the last fit.
+
+        Raises:
+            MisconfigurationException: there is no such batch, or no data.
+
+        Example:
+            >>> trainer = Trainer(nan_policy="raise")
+            >>> batch = trainer.replay("lightning_logs/version_0/nonfinite-step=120.json", model)  # doctest: +SKIP
+        """
+        return replayed(self, position, model, train_dataloaders, datamodule)
+
     # ------------------------------------------------------------------ a run begins
     def _sanity_check(self) -> None:
         """Try a few validation batches, so that a mistake in validation shows before an epoch is spent."""
@@ -377,6 +408,7 @@ class Trainer(Status):
         self.interruption.save_seconds = max(self.interruption.save_seconds or 0.0, time.monotonic() - began)
 
     def _save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool, storage_options: Any) -> None:
+        self.settle()
         checkpoint = restore.collect(self, weights_only)
         for logger in self.loggers:
             logger.sync()  # a run resumed from here expects the earlier rows to be there
@@ -432,6 +464,8 @@ class Trainer(Status):
         return self._wrapped(name, step)
 
     def _wrapped(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        if name == "training_step" and self.update.guard is not None:
+            step = self.update.guard.watch_step(step)
         actions = self.actions
         if actions is not None:
             step = actions.wrap(f"[LightningModule]{type(self.module).__name__}.{name}", step)
@@ -443,6 +477,12 @@ class Trainer(Status):
     def check_batch(self, batch: Any) -> None:
         """Refuse a first batch that is not where the module is."""
         check_device(batch, self.device)
+
+    def settle(self) -> None:
+        """Hear of updates that were not finite and of which only the device knows so far (`nan_policy`)."""
+        update = getattr(self, "update", None) if self.fitting else None
+        if update is not None and update.guard is not None:
+            update.guard.settle()
 
     def take_manual_step(self) -> bool:
         """Whether the module stepped an optimizer by itself in this batch."""

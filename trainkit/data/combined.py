@@ -195,6 +195,10 @@ class Combination(Batches):
         rounds = combine(self.mode, opened, again, start, {index for index, (_, (lap, _)) in enumerate(laps) if lap})
         return (refilled(self.structure, batches) for batches in rounds)
 
+    def begin_in(self, laps: list[tuple[int, int]]) -> None:
+        """Say which lap each loader is in when it is opened inside an epoch, and the batch that began it."""
+        self._laps = laps
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of each loader, and which lap it is in."""
         return {

@@ -201,7 +201,7 @@ class Sources:
             source, leaves = refilled(source, prepared), prepared
         self.objects[kind] = source
         limit, argument = self._limit(kind)
-        owners = (trainer.module, trainer.datamodule)
+        owners = (trainer.model, trainer.datamodule)
         may_be_empty = any(getattr(o, "allow_zero_length_dataloader_with_multiple_devices", False) for o in owners)
         names = [name] if len(leaves) == 1 else [f"{name} {index}" for index in range(len(leaves))]
         loaders = [

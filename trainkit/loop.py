@@ -41,7 +41,7 @@ def fit(trainer: Trainer) -> None:
             sources.reload_if_due()
             hooks.on_train_epoch_start()
         metrics.start_batches(TRAIN_BATCH)
-        batches = sources.train.epoch(progress.epoch, start)
+        batches = sources.epoch(sources.train, progress.epoch, start)
         if progress.validating:  # first the validation that a signal cut short
             trainer.batch_idx, metrics.x = start - 1, progress.window - 1
             is_last = validate(trainer, progress.validating == 2, window_ends=True) and trainer.is_last_batch
@@ -195,7 +195,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches], undo: Undo | 
         hooks.epoch_start()
         for dataloader_idx, loader in enumerate(loaders):
             evaluated, batch_idx = metrics.begin_loader(dataloader_idx, step_name), -1
-            for batch_idx, batch, is_last in loader.epoch(trainer.progress.epoch):
+            for batch_idx, batch, is_last in trainer.sources.epoch(loader, trainer.progress.epoch):
                 if undo is not None and interruption.signal is not None and undo.possible():
                     raise CutShort(undo)
                 trainer.is_last_batch = is_last
@@ -235,7 +235,7 @@ def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] |
         hooks.epoch_start()
         metrics.hook = "predict_step"
         for dataloader_idx, loader in enumerate(loaders):
-            for batch_idx, batch, is_last in loader.epoch(trainer.progress.epoch):
+            for batch_idx, batch, is_last in trainer.sources.epoch(loader, trainer.progress.epoch):
                 trainer.is_last_batch = is_last
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)

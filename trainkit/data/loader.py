@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Self
 
 import torch
@@ -68,7 +68,7 @@ class Batches:
         shorter.num_batches = min(most, self.num_batches)
         return shorter
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, Any, bool]]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[tuple[int, Any, bool]]:
         """Yield (index, batch, is_last) from batch `start` of an epoch on."""
         limit = self.num_batches
         if start >= limit:

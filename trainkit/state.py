@@ -21,6 +21,10 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
+MOSTLY_ZERO = ("skipped", "skipped_in_a_row", "validating")
+"""Counters that are left out of a checkpoint while they are zero."""
+
+
 @dataclass
 class Progress:
     """Where a run is. Every number counts finished things, so a checkpoint needs no repair on resume."""
@@ -43,7 +47,7 @@ class Progress:
     """The validation after the last batch is due, a signal cut it short: 1 inside an epoch, 2 at its end."""
 
     def state_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value or name not in MOSTLY_ZERO}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         for name in asdict(self):

@@ -246,28 +246,36 @@ class HostGuard(Guard):
 
     def passes(self, optimizers: Iterable[Optimizer]) -> bool:
         parameters = self.watched(optimizers)
-        fine = self.all_finite([loss for _, loss in self.losses], [p.grad for p in parameters if p.grad is not None])
+        values = [(batch_idx, seen(loss)) for batch_idx, loss in self.losses]
+        fine = all(value - value == 0 for _, value in values) and self._look([p.grad for p in parameters])
         if fine:
             self.trainer.progress.skipped_in_a_row = 0
         else:
             self._put_buffers_back()
-            losses = [(batch_idx, float(loss.double().numpy())) for batch_idx, loss in self.losses]
             grads = ((parameter, parameter.grad) for parameter in parameters)
             wrong = (p for p, grad in grads if grad is not None and not values_of(grad).isfinite().numpy().all())
-            self.found(self.fault(losses, next(wrong, None)))
+            self.found(self.fault(values, next(wrong, None)))
         self.end_of_update()
         return fine
 
-    @torch.no_grad()
-    def all_finite(self, tensors: list[Tensor], own: Iterable[Tensor] = ()) -> bool:
-        """Whether all numbers are finite; `own` tensors may be written to, and keep their values."""
-        looked_at = [values_of(tensor).clone() for tensor in tensors]
-        looked_at += [values_of(tensor) for tensor in own]
-        if not looked_at:
+    def all_finite(self, tensors: list[Tensor]) -> bool:
+        return self._look([tensor.clone() for tensor in tensors])
+
+    def _look(self, tensors: list[Any]) -> bool:
+        """Whether all numbers are finite. One pass over all of them, which multiplies them by one."""
+        if not tensors:
             return True
-        self._flag.zero_()
-        torch._amp_foreach_non_finite_check_and_unscale_(looked_at, self._flag, self._one)  # one pass; times one
+        self._flagged[0] = 0
+        try:
+            torch._amp_foreach_non_finite_check_and_unscale_(tensors, self._flag, self._one)
+        except RuntimeError:  # sparse or complex
+            torch._amp_foreach_non_finite_check_and_unscale_(list(map(values_of, tensors)), self._flag, self._one)
         return not self._flagged[0]
+
+
+def seen(number: Tensor) -> float:
+    """Return a number of the cpu by looking at its memory."""
+    return float((number if number.dtype is torch.float32 else number.double()).numpy())
 
 
 class Unread(NamedTuple):

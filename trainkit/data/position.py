@@ -22,7 +22,7 @@ def position_of(batches: Batches, epoch: int, batch_idx: int) -> dict[str, Any]:
     loaders = []
     for part, (lap, index) in zip(batches.parts, _laps(batches, batch_idx), strict=True):
         samples = part.samples_of(epoch, index, lap)
-        first = index * part.batch_size
+        first = index * len(part.samples_of(epoch, 0, lap) or ())  # only the last batch may be smaller
         loaders.append(
             {
                 "name": part.name,

@@ -90,6 +90,7 @@ class Child:
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(code)
 
     def wait_for(self, text: str, path: Path) -> None:

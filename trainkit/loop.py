@@ -91,8 +91,9 @@ def fit(trainer: Trainer) -> None:
             stepped = trainer.take_manual_step() if not automatic else window_ends and gradients
             if automatic and stepped:
                 moved = guard is None or guard.passes(optimizers)  # False: not finite, and nan_policy="skip"
-                if moved and replay is not None:
-                    moved = replay.update(loss, batch_idx)  # through a closure, for whom it must be so
+                if replay is not None:
+                    moved = moved and replay.update(loss, batch_idx)  # through a closure, for whom it must be so
+                    replay.window.clear()
                 elif moved:
                     for optimizer in optimizers:
                         precision.unscale(optimizer)

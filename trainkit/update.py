@@ -135,7 +135,6 @@ class Replay:
             optimizer.moved = True  # an optimizer_step that leaves it alone is not an overflow
             self.optimizer_step(trainer.progress.epoch, batch_idx, optimizer, self._closure(loss))
             moved &= optimizer.moved
-        self.window.clear()
         return moved
 
     def _closure(self, loss: Tensor | None) -> Callable[[], Tensor | None]:

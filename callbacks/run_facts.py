@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shlex
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -17,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit.callbacks.timer import Timer
-from trainkit.checkpoint.store import step_of
-from trainkit.errors import CheckpointError
 from trainkit.metrics import numbers
+from trainkit.resume_hint import checkpoints_of, resume_call, short_path, where_it_ended
 from trainkit.summary import count
 
 if TYPE_CHECKING:
@@ -79,12 +76,6 @@ def _samples(loaders: Any) -> int | None:
         return len(loaders.dataset)
     except (AttributeError, TypeError, NotImplementedError):
         return None
-
-
-def short_path(path: str | os.PathLike[str]) -> str:
-    """Return a path as it can be typed here: relative when it lies below the current folder."""
-    relative = os.path.relpath(path)
-    return os.path.abspath(path) if relative.startswith(os.curdir) else relative  # "." and "..": not below
 
 
 # ---------------------------------------------------------------------- how fast it goes
@@ -302,48 +293,13 @@ class Ending:
 def ending(trainer: Trainer, best: Best | None, elapsed: float, exception: BaseException | None = None) -> Ending:
     """Gather how a fit ended, and how to go on from its newest checkpoint."""
     finished, planned = trainer.progress.epoch, limit(trainer.max_epochs)
-    top, newest = _checkpoints(trainer)
-    if exception is None:
-        sentence = ""
-    else:
-        saved = ", no checkpoint was saved"
-        if newest:
-            word = "checkpoint saved" if _step_of(newest) == trainer.global_step else "newest checkpoint"
-            saved = f", {word}: {short_path(newest)}"
-        what = f"failed with {type(exception).__name__}" if isinstance(exception, Exception) else "interrupted"
-        sentence = f"{what} after step {trainer.global_step}{saved}"
+    top, newest = checkpoints_of(trainer)
     return Ending(
         epochs=f"{finished} of {planned}" if planned and planned != finished else str(finished),
         step=trainer.global_step,
         elapsed=elapsed,
         best=best if best is not None and not math.isnan(best.value) else None,
         checkpoint=short_path(top or newest) if top or newest else "",
-        resume=_resume(trainer, short_path(newest)) if newest else "",
-        sentence=sentence,
+        resume=resume_call(trainer, short_path(newest)) if newest else "",
+        sentence="" if exception is None else where_it_ended(trainer, exception),
     )
-
-
-def _checkpoints(trainer: Trainer) -> tuple[str, str]:
-    """Return the paths of the best and of the newest checkpoint, empty where there is none."""
-    best, found = "", []
-    for callback in trainer.checkpoint_callbacks:
-        top = getattr(callback, "best_model_path", "")
-        best = best or (top if top and getattr(callback, "monitor", None) else "")
-        found += [top, getattr(callback, "last_model_path", ""), *getattr(callback, "best_k_models", {})]
-    there = [path for path in found if path and os.path.exists(path)]
-    return best, max(there, key=os.path.getmtime, default="")
-
-
-def _step_of(path: str) -> int:
-    try:
-        return step_of(path)
-    except (CheckpointError, OSError):  # of another format: a callback of the user's may write what it likes
-        return -1
-
-
-def _resume(trainer: Trainer, path: str) -> str:
-    command = getattr(trainer, "command", None)
-    if command:
-        return f"{command} --ckpt_path {shlex.quote(path)}"
-    data = "" if trainer.datamodule is None else "datamodule=datamodule, "
-    return f"trainer.fit(model, {data}ckpt_path={json.dumps(path)})"

@@ -72,6 +72,7 @@ WRONG: dict[str, list[Any]] = {
     "benchmark": NO_FLAG,
     "inference_mode": NO_FLAG,
     "detect_anomaly": NO_FLAG,
+    "nan_policy": ["stop", "SKIP", True, 1, ["skip"]],
     "reload_dataloaders_every_n_epochs": [*NO_NUMBER, -1, None],
     "default_root_dir": [5, True, b"runs", ["runs"], Odd(), NAN],
 }  # fmt: skip
@@ -122,6 +123,7 @@ RIGHT: dict[str, list[Any]] = {
     "benchmark": [None],
     "inference_mode": [True, False],
     "detect_anomaly": [True, False],
+    "nan_policy": [None, "off", "raise", "skip"],
     "reload_dataloaders_every_n_epochs": [0, 2],
     "default_root_dir": [None, "", ".", "runs", Path("runs"), "~"],
     "callbacks": [None, [], ()],

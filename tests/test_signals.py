@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from trainkit import Callback, Module, Trainer
-from trainkit.signals import NOTED, Interrupted, Interruption
+from trainkit.signals import NOTED, STOPS, Interrupted, Interruption, Preempted, SIGTERMException
 
 BARE = {
     "accelerator": "cpu",
@@ -46,7 +47,16 @@ def send(number: int) -> None:
 
 
 # ---------------------------------------------------------------- noting
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 129),
+        (signal.SIGUSR1, 138),
+        (signal.SIGUSR2, 140),
+    ],
+)
 def test_the_first_signal_is_noted_and_left_to_the_loop(
     capfd: pytest.CaptureFixture[str], handlers: list[Any], number: int, code: int
 ) -> None:
@@ -56,7 +66,7 @@ def test_the_first_signal_is_noted_and_left_to_the_loop(
         interruption.leave()  # nothing to leave for
         send(number)
         assert interruption.signal == number
-    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     assert f"{name}: finishing this step and saving; once more stops at once" in capfd.readouterr().err
     assert current() == handlers
     with pytest.raises(SystemExit) as left:
@@ -102,18 +112,97 @@ def test_handlers_come_back_after_errors(handlers: list[Any], error: type[BaseEx
     assert current() == handlers
 
 
-def test_handlers_of_the_users_own_come_back(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def own_handler() -> tuple[Any, list[int]]:
+    """Give a handler of the user's own, and what it heard."""
+    heard: list[int] = []
+
     def mine(number: int, frame: Any) -> None:
         heard.append(number)
 
-    heard: list[int] = []
+    return mine, heard
+
+
+def test_a_handler_of_the_users_own_for_sigterm_is_called_too_and_comes_back(
+    own_handler: tuple[Any, list[int]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    mine, heard = own_handler
     signal.signal(signal.SIGTERM, mine)
-    with Interruption().listening():
+    interruption = Interruption()
+    with interruption.listening():
         send(signal.SIGTERM)
-    assert heard == []
-    assert signal.getsignal(signal.SIGTERM) is mine
-    send(signal.SIGTERM)
     assert heard == [signal.SIGTERM]
+    assert interruption.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is mine
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_other_signals_with_a_handler_of_the_users_own_are_left_to_it(
+    own_handler: tuple[Any, list[int]], number: int
+) -> None:
+    mine, heard = own_handler
+    signal.signal(number, mine)
+    interruption = Interruption()
+    with interruption.listening():
+        assert signal.getsignal(number) is mine
+        send(number)
+    assert heard == [number]
+    assert interruption.signal is None
+
+
+def test_faulthandlers_dump_on_a_signal_is_left_to_it(tmp_path: Path) -> None:
+    with (tmp_path / "stacks").open("w") as stacks:
+        faulthandler.register(signal.SIGUSR1, stacks)
+        try:
+            interruption = Interruption()
+            with interruption.listening():
+                send(signal.SIGUSR1)
+            assert interruption.signal is None
+        finally:
+            faulthandler.unregister(signal.SIGUSR1)
+    assert "most recent call first" in (tmp_path / "stacks").read_text()
+
+
+def test_a_run_in_a_hook_of_another_run_hears_the_signal_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    outer, inner = Interruption(), Interruption()
+    with outer.listening():
+        with inner.listening():
+            send(signal.SIGINT)
+        assert (outer.signal, inner.signal) == (None, signal.SIGINT)
+        send(signal.SIGINT)
+    assert outer.signal == signal.SIGINT
+
+
+def test_one_request_that_comes_twice_at_once_is_one(capfd: pytest.CaptureFixture[str]) -> None:
+    interruption = Interruption()
+    with interruption.listening():
+        launcher = f"import os, signal; [os.kill({os.getpid()}, signal.SIGTERM) for _ in range(3)]"
+        subprocess.run([sys.executable, "-c", launcher])
+    assert interruption.signal == signal.SIGTERM
+
+
+def test_where_there_is_nothing_to_finish_the_first_signal_acts_at_once(handlers: list[Any]) -> None:
+    def at_once(number: int) -> None:
+        with Interruption().listening(at_once=STOPS):
+            send(number)
+
+    with pytest.raises(Interrupted):
+        at_once(signal.SIGINT)
+    with pytest.raises(SIGTERMException) as left:
+        at_once(signal.SIGTERM)
+    assert left.value.code == 143
+    with pytest.raises(Preempted) as hung_up:
+        at_once(signal.SIGHUP)
+    assert hung_up.value.code == 129
+    assert current() == handlers
+
+
+def test_how_long_saves_took_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    interruption = Interruption()
+    interruption.save_seconds = 1.23
+    with interruption.listening():
+        send(signal.SIGUSR1)
+    assert "SIGUSR1: finishing this step and saving (saves took up to 1.2 s); once more" in capfd.readouterr().err
 
 
 def test_what_the_process_ignores_stays_ignored() -> None:

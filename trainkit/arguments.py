@@ -153,6 +153,7 @@ SETTINGS: dict[str, Check] = {
     "benchmark": flag,
     "inference_mode": flag,
     "detect_anomaly": flag,
+    "nan_policy": lambda name, value: choice(name, "off" if value is None else value, ("off", "raise", "skip")),
     "barebones": flag,
     "sync_batchnorm": flag,
     "use_distributed_sampler": flag,

@@ -6,7 +6,7 @@
 
 Nothing here imports torch before a command needs it, so that `--help` and `--version` answer at once. What knows
 jsonargparse is in `trainkit.config`. Exit codes: 0 done, 1 the run failed, 2 the command line or a config is wrong,
-130 Ctrl-C, 143 SIGTERM.
+130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1, 140 SIGUSR2 (0 when SLURM has queued the job again).
 """
 
 from __future__ import annotations
@@ -413,13 +413,12 @@ def _see(manual: str) -> str:
 
 
 def _tell_interruption(trainer: Trainer, error: BaseException) -> None:
-    """Tell where the run stopped and how to go on, where no progress bar does."""
-    from trainkit.callbacks.run_facts import ending
+    """Tell where a run stopped that has saved nothing, where no progress bar does; others have told how they go on."""
+    from trainkit.resume_hint import checkpoints_of, where_it_ended
 
     bar = trainer.progress_bar_callback
-    if bar is None or not getattr(bar, "is_enabled", True):
-        end = ending(trainer, None, 0.0, error)
-        _tell(end.sentence, f"resume: {end.resume}" if end.resume else "")
+    if (bar is None or not getattr(bar, "is_enabled", True)) and not checkpoints_of(trainer)[1]:
+        _tell(where_it_ended(trainer, error))
 
 
 def _is_deliberate(error: BaseException) -> bool:

@@ -10,6 +10,8 @@ RuntimeError
     NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
     CheckpointExistsError       there is one of that name, and it is not to be replaced; also a FileExistsError
     IncompleteCheckpointError   it has weights, and nothing to resume a run from; also a KeyError
+ArithmeticError
+  NonFiniteError                nan_policy: a loss or a gradient is not finite; a FloatingPointError
 Exception
   SearchOver                    no error: a run that was only made to search for something is over
 """
@@ -59,6 +61,25 @@ class IncompleteCheckpointError(CheckpointError, KeyError):
     """Tell what a checkpoint lacks that a run needs to go on from it."""
 
     __str__ = Exception.__str__  # that of KeyError puts the message in quotes
+
+
+class NonFiniteError(FloatingPointError):
+    """Tell which update was not made because its loss or its gradients are not finite.
+
+    Attributes:
+        step: updates before it.
+        epoch, batch_idx: the batch; in an accumulation window the first whose loss is not finite.
+        loss: that batch's loss.
+        parameter: the name of the first parameter whose gradient is not finite, None when all are.
+    """
+
+    def __init__(self, message: str, step: int, epoch: int, batch_idx: int, loss: float, parameter: str | None) -> None:
+        super().__init__(message)
+        self.step, self.epoch, self.batch_idx, self.loss, self.parameter = step, epoch, batch_idx, loss, parameter
+
+    def __reduce__(self) -> tuple[object, ...]:
+        details = (self.step, self.epoch, self.batch_idx, self.loss, self.parameter)
+        return type(self), (str(self), *details)
 
 
 class SearchOver(Exception):

@@ -10,6 +10,7 @@ from torch import Tensor
 from trainkit.data.sources import check_dataloader_idx
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.metrics import TRAIN_BATCH
+from trainkit.undo import CutShort, Undo
 
 if TYPE_CHECKING:
     from trainkit.data.loader import Batches
@@ -28,6 +29,7 @@ def fit(trainer: Trainer) -> None:
     transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
     backward, zero_grad, clip = update.backward, update.zero_grad, update.clip  # None: nothing that is not here
     needs_grad, replay = not update.own_backward, update.replay(training_step, loss_of)
+    step, guard = update.step, update.guard
     log_every = trainer.log_every_n_steps if trainer.loggers else 0
     metrics.x = progress.window
 
@@ -39,8 +41,16 @@ def fit(trainer: Trainer) -> None:
             sources.reload_if_due()
             hooks.on_train_epoch_start()
         metrics.start_batches(TRAIN_BATCH)
+        batches = sources.epoch(sources.train, progress.epoch, start)
+        if progress.validating:  # first the validation that a signal cut short
+            trainer.batch_idx, metrics.x = start - 1, progress.window - 1
+            is_last = validate(trainer, progress.validating == 2, window_ends=True) and trainer.is_last_batch
+            if is_last or trainer.stopping:
+                batches = iter(())
+            else:
+                hooks.on_save_point()
 
-        for batch_idx, batch, is_last in sources.train.epoch(progress.epoch, start):
+        for batch_idx, batch, is_last in batches:
             trainer.batch_idx, trainer.is_last_batch = batch_idx, is_last
             if transfer is not None:
                 batch = transfer(batch, 0)
@@ -80,13 +90,17 @@ def fit(trainer: Trainer) -> None:
             # Update the weights.
             stepped = trainer.take_manual_step() if not automatic else window_ends and gradients
             if automatic and stepped:
-                moved = replay is None or replay.update(loss, batch_idx)  # through a closure, for whom it must be so
-                for optimizer in optimizers if replay is None else ():
-                    precision.unscale(optimizer)
-                    hooks.on_before_optimizer_step(optimizer)
-                    if clip is not None:
-                        clip(optimizer)
-                    moved &= precision.step(optimizer)  # False: float16 overflowed and the weights were held
+                moved = guard is None or guard.passes(optimizers)  # False: not finite, and nan_policy="skip"
+                if replay is not None:
+                    moved = moved and replay.update(loss, batch_idx)  # through a closure, for whom it must be so
+                    replay.window.clear()
+                elif moved:
+                    for optimizer in optimizers:
+                        precision.unscale(optimizer)
+                        hooks.on_before_optimizer_step(optimizer)
+                        if clip is not None:
+                            clip(optimizer)
+                        moved &= step(optimizer)  # False: float16 overflowed and the weights were held
                 precision.update()
                 gradients = False
                 if moved and schedules.by_step:
@@ -102,13 +116,9 @@ def fit(trainer: Trainer) -> None:
             hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
             if log_every and window_ends and (progress.window % log_every == 0 or trainer.should_stop):
                 trainer.log_metrics(metrics.row())
-            if trainer.validation_due(is_last):
-                if window_ends:
-                    metrics.hook = "on_validation_model_zero_grad"
-                    module.on_validation_model_zero_grad()
-                evaluate(trainer, "validation", sources.validation())
-                metrics.leave_evaluation(TRAIN_BATCH)
-                trainer.is_last_batch = is_last
+            if trainer.validation_due(is_last) and not validate(trainer, is_last, window_ends):
+                is_last = False  # a signal cut it short: the epoch is left open
+                break
             if stepped and automatic and schedules.plateau_by_step:
                 schedules.move(schedules.plateau_by_step, progress.step)
 
@@ -118,7 +128,8 @@ def fit(trainer: Trainer) -> None:
             if window_ends:
                 hooks.on_save_point()
 
-        if is_last or not trainer.interrupted:  # a limit inside an epoch ends it early, a signal leaves it open
+        # A limit inside an epoch ends it early; a signal leaves it open.
+        if is_last or (trainer.at_limit and not progress.validating):
             metrics.end_batches()
             metrics.x = max(progress.window - 1, 0)  # that of the epoch's last row
             hooks.on_train_epoch_end()
@@ -130,20 +141,54 @@ def fit(trainer: Trainer) -> None:
             progress.epoch, progress.batch = progress.epoch + 1, 0
         hooks.on_save_point()
         trainer.leave_if_interrupted()
+    if trainer.interrupted:  # since the last save point
+        hooks.on_save_point()
+        trainer.leave_if_interrupted()
     hooks.on_train_end()
 
 
-def evaluate(trainer: Trainer, stage: str, loaders: list[Batches]) -> list[dict[str, float]]:
+def validate(trainer: Trainer, is_last: bool, window_ends: bool) -> bool:
+    """Validate after a training batch; False when a signal cut that short and the resumed run begins with it."""
+    metrics, progress, interruption = trainer.metrics, trainer.progress, trainer.interruption
+    may_be_cut = window_ends and not trainer.schedules.plateau_by_step  # else there is no save point before its end
+    progress.validating = 0
+    if may_be_cut and interruption.signal is not None:
+        progress.validating = 1 + is_last
+        return False
+    if window_ends:
+        metrics.hook = "on_validation_model_zero_grad"
+        trainer.module.on_validation_model_zero_grad()
+    undo = Undo(trainer) if may_be_cut else None
+    try:
+        evaluate(trainer, "validation", trainer.sources.validation(), undo)
+    except CutShort as cut:
+        progress.validating = 1 + is_last
+        cut.undo.take_back()
+    metrics.leave_evaluation(TRAIN_BATCH)
+    trainer.is_last_batch = is_last
+    return not progress.validating
+
+
+def evaluate(trainer: Trainer, stage: str, loaders: list[Batches], undo: Undo | None = None) -> list[dict[str, float]]:
     """Run "validation" or "test" over every loader in turn and return what was logged, a dict for each loader.
 
     Loaders that are drawn from at once are one here. Without a batch nothing runs.
+
+    Args:
+        trainer: whose.
+        stage: which.
+        loaders: the batches.
+        undo: takes everything back when a signal cuts this short; None: it goes on to its end.
+
+    Raises:
+        CutShort: a signal came, and it is as if nothing had happened.
     """
     if not any(loader.num_batches for loader in loaders):
         return []
     check_dataloader_idx(trainer.module, stage, several=len(loaders) > 1)
     hooks, metrics, transfer = trainer.hooks.evaluation(stage, len(loaders)), trainer.metrics, trainer.transfer
     step_name = f"{stage}_step"
-    step = trainer.wrapped_step(step_name, len(loaders))
+    step, interruption = trainer.wrapped_step(step_name, len(loaders)), trainer.interruption
     table = metrics.begin(stage, len(loaders))
 
     with trainer.evaluation_mode(stage):
@@ -151,7 +196,9 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches]) -> list[dict[
         hooks.epoch_start()
         for dataloader_idx, loader in enumerate(loaders):
             evaluated, batch_idx = metrics.begin_loader(dataloader_idx, step_name), -1
-            for batch_idx, batch, is_last in loader.epoch(trainer.progress.epoch):
+            for batch_idx, batch, is_last in trainer.sources.epoch(loader, trainer.progress.epoch):
+                if undo is not None and interruption.signal is not None and undo.possible():
+                    raise CutShort(undo)
                 trainer.is_last_batch = is_last
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)
@@ -189,7 +236,7 @@ def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] |
         hooks.epoch_start()
         metrics.hook = "predict_step"
         for dataloader_idx, loader in enumerate(loaders):
-            for batch_idx, batch, is_last in loader.epoch(trainer.progress.epoch):
+            for batch_idx, batch, is_last in trainer.sources.epoch(loader, trainer.progress.epoch):
                 trainer.is_last_batch = is_last
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)

@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit import components
+from trainkit import components, resume_hint
 from trainkit.checkpoint import changes, restore
 from trainkit.data.sources import Sources
 from trainkit.data.transfer import TRANSFER_HOOKS, transfer_of
@@ -80,6 +80,8 @@ def running(
         trainer.hooks.on_exception(error)
         for part in data:
             part.on_exception(error)
+        if interrupted and fn == TrainerFn.FITTING:
+            resume_hint.tell(trainer, error)
         trainer.strategy.teardown(trainer.module)
         if type(error) is KeyboardInterrupt and trainer.interruption.signal is None:
             raise Interrupted(130) from error  # raised by the user's code: it ends a script as the first Ctrl-C does
@@ -115,7 +117,6 @@ def attach(
         trainer.sources.loaders["train"] = trained
     trainer.state = TrainerState(TrainerStatus.RUNNING, fn, LOOP[fn])
     trainer.should_stop = False
-    trainer.interruption.signal = None
     kind = NoMetrics if trainer.barebones else Metrics
     trainer.metrics = kind(module, has_logger=bool(trainer.loggers))
     trainer.metrics.x = trainer.progress.window

@@ -21,6 +21,10 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
+MOSTLY_ZERO = ("skipped", "skipped_in_a_row", "validating")
+"""Counters that are left out of a checkpoint while they are zero."""
+
+
 @dataclass
 class Progress:
     """Where a run is. Every number counts finished things, so a checkpoint needs no repair on resume."""
@@ -35,13 +39,19 @@ class Progress:
     """Batches finished in all epochs together."""
     window: int = 0
     """Accumulation windows finished, whether or not they updated the weights: Lightning's x axis."""
+    skipped: int = 0
+    """Updates that `nan_policy="skip"` skipped; `step` counts them, too."""
+    skipped_in_a_row: int = 0
+    """Those since the last one that was made."""
+    validating: int = 0
+    """The validation after the last batch is due, a signal cut it short: 1 inside an epoch, 2 at its end."""
 
     def state_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value or name not in MOSTLY_ZERO}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         for name in asdict(self):
-            setattr(self, name, int(state.get(name, state["step"])))
+            setattr(self, name, int(state.get(name, state["step"] if name == "window" else 0)))
 
 
 class Each:

@@ -77,6 +77,7 @@ class Status:
     benchmark: bool | None
     inference_mode: bool
     detect_anomaly: bool
+    nan_policy: str
     sync_batchnorm: bool
     use_distributed_sampler: bool
     enable_autolog_hparams: bool
@@ -113,6 +114,11 @@ class Status:
         return self.progress.step
 
     @property
+    def skipped_updates(self) -> int:
+        """How many updates `nan_policy="skip"` left out so far; `global_step` counts them, too."""
+        return self.progress.skipped
+
+    @property
     def estimated_stepping_batches(self) -> int | float:
         """How many optimizer updates the whole run has, for schedules that need to know; infinity without a limit."""
         if "train" not in self.sources.loaders:
@@ -138,12 +144,17 @@ class Status:
     def done(self) -> bool:
         """Whether the run has reached one of its limits."""
         epochs_over = self.max_epochs is not None and 0 <= self.max_epochs <= self.progress.epoch
-        return epochs_over or self.stopping
+        return not self.progress.validating and (epochs_over or self.stopping)
 
     @property
     def stopping(self) -> bool:
         """Whether the run ends after this batch: a step limit, `should_stop`, or a signal."""
-        if self.interruption.signal is not None or 0 <= self.max_steps <= self.progress.step:
+        return self.interruption.signal is not None or self.at_limit
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether this batch is the run's last by its own settings: a step limit, or `should_stop`."""
+        if 0 <= self.max_steps <= self.progress.step:
             return True
         return self.should_stop and self._may_stop()
 

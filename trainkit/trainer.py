@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainkit import arguments, components, loop
+from trainkit import arguments, components, loop, slurm
 from trainkit.accelerators import Accelerator
 from trainkit.callback import Callback
 from trainkit.checkpoint import restore, saving
@@ -31,8 +32,9 @@ from trainkit.module import Module
 from trainkit.optim import LRSchedulerConfig
 from trainkit.precision import Precision
 from trainkit.random import isolated_random
+from trainkit.replay import replayed
 from trainkit.run import running
-from trainkit.signals import Interruption
+from trainkit.signals import NOTED, STOPS, Interruption
 from trainkit.stages import RunningStage, TrainerFn, TrainerState
 from trainkit.state import Progress
 from trainkit.status import Status, results_table
@@ -87,6 +89,9 @@ class Trainer(Status):
         inference_mode: evaluate under torch.inference_mode (else torch.no_grad).
         profiler: "simple", "advanced", "pytorch" or a Profiler: report where the time of a run goes.
         detect_anomaly: let autograd name the operation that made a NaN. Slow.
+        nan_policy: what to do about an update whose loss or gradients are not finite. "off" (default): nothing;
+            "raise": raise a NonFiniteError before it is made, and write down which samples it was; "skip": leave it
+            out, count it in `skipped_updates`, and raise after 100 in a row.
         reload_dataloaders_every_n_epochs: ask for new loaders every n epochs; 0 for never.
         default_root_dir: where logs and checkpoints go (default: the current directory).
         barebones: turn off everything that could cost time (loggers, checkpoints, progress bar, summary, sanity check,
@@ -142,6 +147,7 @@ class Trainer(Status):
         use_distributed_sampler: bool = True,
         profiler: Profiler | str | None = None,
         detect_anomaly: bool = False,
+        nan_policy: Literal["off", "raise", "skip"] = "off",
         barebones: bool = False,
         plugins: Any = None,
         sync_batchnorm: bool = False,
@@ -222,14 +228,18 @@ class Trainer(Status):
         self.ckpt_strict = ckpt_strict
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         anomalies = torch.autograd.set_detect_anomaly(True) if self.detect_anomaly else nullcontext()
-        run = running(self, TrainerFn.FITTING, model, datamodule, self._named_checkpoint(ckpt_path), sources)
-        with run, self.interruption.listening(), anomalies:
+        ckpt_path = slurm.noted_checkpoint(self) or self._named_checkpoint(ckpt_path)
+        run = running(self, TrainerFn.FITTING, model, datamodule, ckpt_path, sources)
+        with slurm.queued_again(self), self.interruption.listening(at_once=STOPS), run, anomalies:
             self._sanity_check()
             self._load_data()
             ended = self.done and self.checkpoint is None  # one that was killed at its end has yet to be told of it
+            self.interruption.at_once = ()  # from here on there is something to finish and to save
             if not ended and self.num_training_batches > 0:
                 loop.fit(self)
+                self.settle()
             self.leave_if_interrupted()  # a signal before the first batch or after the last save
+        self.interruption.leave()  # one that came while the run was closed
 
     def validate(
         self,
@@ -285,7 +295,8 @@ class Trainer(Status):
         """
         keep = return_predictions is not False
         ckpt_path = self._default_checkpoint(model, ckpt_path)
-        with running(self, TrainerFn.PREDICTING, model, datamodule, ckpt_path, {"predict": dataloaders}):
+        run = running(self, TrainerFn.PREDICTING, model, datamodule, ckpt_path, {"predict": dataloaders})
+        with self.interruption.listening(at_once=NOTED), run:
             if self.module.predict_step is None or self.module.forward is None:
                 raise MisconfigurationException(
                     f"{type(self.module).__name__} has None for predict_step or forward, which predict calls."
@@ -307,7 +318,8 @@ class Trainer(Status):
     ) -> list[dict[str, float]]:
         ckpt_path = self._default_checkpoint(model, ckpt_path)
         event = "validation" if stage == "validate" else "test"
-        with running(self, TrainerFn(stage), model, datamodule, ckpt_path, {kind: dataloaders}):
+        run = running(self, TrainerFn(stage), model, datamodule, ckpt_path, {kind: dataloaders})
+        with self.interruption.listening(at_once=NOTED), run:
             if not is_overridden(self.module, f"{event}_step"):
                 raise MisconfigurationException(
                     f"{type(self.module).__name__} has no {event}_step, which {stage} calls with each batch."
@@ -317,6 +329,31 @@ class Trainer(Status):
         if verbose:
             self.print(results_table(stage, results))
         return results
+
+    def replay(
+        self,
+        position: str | os.PathLike[str] | Mapping[str, Any] | tuple[int, int],
+        model: Module | None = None,
+        train_dataloaders: Any = None,
+        datamodule: DataModule | None = None,
+    ) -> Any:
+        """Fetch a training batch again: the same samples with the same random draws, on the host.
+
+        Args:
+            position: what `nan_policy="raise"` wrote down, a file or what is in it; or (epoch, batch_idx), both
+                counted from 0.
+            model: whose `train_dataloader` brings the data.
+            train_dataloaders: the data themselves; or the DataModule.
+            datamodule: instead of loaders. Without any of the three, the data are those of the last fit.
+
+        Raises:
+            MisconfigurationException: there is no such batch, or no data.
+
+        Example:
+            >>> trainer = Trainer(nan_policy="raise")
+            >>> batch = trainer.replay("lightning_logs/version_0/nonfinite-step=120.json", model)  # doctest: +SKIP
+        """
+        return replayed(self, position, model, train_dataloaders, datamodule)
 
     # ------------------------------------------------------------------ a run begins
     def _sanity_check(self) -> None:
@@ -357,8 +394,10 @@ class Trainer(Status):
             yield
 
     def leave_if_interrupted(self) -> None:
-        """Raise KeyboardInterrupt or SystemExit when a signal asked this run to end."""
-        self.interruption.leave()
+        """Raise KeyboardInterrupt or SystemExit when a signal asked this run to end. Called where it can be saved."""
+        if self.interruption.signal is not None:
+            slurm.save_if_nobody_does(self)
+            self.interruption.leave()
 
     # ------------------------------------------------------------------ checkpoints
     def save_checkpoint(
@@ -383,8 +422,10 @@ class Trainer(Status):
         """
         if getattr(self, "module", None) is None:
             raise AttributeError("save_checkpoint needs a module: call it during or after fit.")
+        began = time.monotonic()
         with self.profiler.profile("save_checkpoint"):
             saving.save(self, filepath, bool(weights_only), storage_options, overwrite)
+        self.interruption.saved_in(time.monotonic() - began)
 
     def read_checkpoint(self, ckpt_path: str | os.PathLike[str] | None, stage: str) -> None:
         """Read the checkpoint that `ckpt_path` means, and let the loggers go on where it was written."""
@@ -437,6 +478,8 @@ class Trainer(Status):
         return self._wrapped(name, step)
 
     def _wrapped(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        if name == "training_step" and self.update.guard is not None:
+            step = self.update.guard.watch_step(step)
         actions = self.actions
         if actions is not None:
             step = actions.wrap(f"[LightningModule]{type(self.module).__name__}.{name}", step)
@@ -448,6 +491,12 @@ class Trainer(Status):
     def check_batch(self, batch: Any) -> None:
         """Refuse a first batch that is not where the module is."""
         check_device(batch, self.device)
+
+    def settle(self) -> None:
+        """Hear of updates that were not finite and of which only the device knows so far (`nan_policy`)."""
+        update = getattr(self, "update", None) if self.fitting else None
+        if update is not None and update.guard is not None:
+            update.guard.settle()
 
     def take_manual_step(self) -> bool:
         """Whether the module stepped an optimizer by itself in this batch."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from trainkit.errors import MisconfigurationException
 from trainkit.hooks import announced, is_overridden
 from trainkit.metrics import TRAIN_BATCH
+from trainkit.nonfinite import guard_of
 from trainkit.profiler.actions import recorded
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ class Update:
             self.clip = self._clip
         if trainer.actions is not None:
             self._record(trainer.actions)
+        self.step: Step = precision.step
+        self.guard = guard_of(trainer, wants_closure)
+        """Whether updates are finite; None: nobody wants to know (`nan_policy="off"`)."""
+        if self.guard is not None:
+            self.backward, self.step = self.guard.watch_backward(self.backward), self.guard.step
 
     def _record(self, actions: Actions) -> None:
         """Let a profiler see the parts of an update."""
@@ -129,7 +135,6 @@ class Replay:
             optimizer.moved = True  # an optimizer_step that leaves it alone is not an overflow
             self.optimizer_step(trainer.progress.epoch, batch_idx, optimizer, self._closure(loss))
             moved &= optimizer.moved
-        self.window.clear()
         return moved
 
     def _closure(self, loss: Tensor | None) -> Callable[[], Tensor | None]:
@@ -197,11 +202,12 @@ class StepOptimizer:
         trainer, optimizer = self._trainer, self.optimizer
         if trainer is None:
             return optimizer.step(closure, **options)
-        precision, clip, about_to_step = (
+        precision, update, about_to_step = (
             trainer.precision_plugin,
-            trainer.update.clip,
+            trainer.update,
             trainer.hooks.on_before_optimizer_step,
         )
+        clip, guard, automatic = update.clip, update.guard, trainer.module.automatic_optimization
 
         def prepare() -> None:
             precision.unscale(optimizer)
@@ -209,11 +215,12 @@ class StepOptimizer:
             if clip is not None and automatic:
                 clip(optimizer)
 
-        automatic = trainer.module.automatic_optimization
         answers: list[Any] = []
-        if closure is None:
+        if closure is None and not automatic and guard is not None and not guard.passes([optimizer]):
+            self.moved = False
+        elif closure is None:
             prepare()
-            self.moved = precision.step(optimizer, **options)
+            self.moved = update.step(optimizer, **options)
         else:
 
             def evaluate() -> Any:
@@ -221,7 +228,7 @@ class StepOptimizer:
                 prepare()
                 return answers[-1]
 
-            self.moved = precision.step(optimizer, evaluate, **options)
+            self.moved = update.step(optimizer, evaluate, **options)
         if not automatic:
             precision.update()
             trainer.stepped_manually = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -399,3 +400,16 @@ def test_a_stream_has_no_number_of_batches() -> None:
     trainer.fit(Line(), Stream())
     assert trainer.num_training_batches == math.inf
     assert trainer.global_step == 8
+
+
+@pytest.mark.parametrize("where", ["training_step", "validation_step"])
+def test_an_error_ends_the_workers_of_the_epoch_it_came_in(where: str) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("mine")
+
+    module = Line()
+    setattr(module, where, fails)
+    trainer = Trainer(accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, logger=False, enable_checkpointing=False)
+    with pytest.raises(KeyError, match="mine"):  # it keeps the frames of the loops
+        trainer.fit(module, loader(num_workers=2), loader(num_workers=2))
+    assert not multiprocessing.active_children()

@@ -31,6 +31,7 @@ def save(trainer: Trainer, path: StrPath, weights_only: bool, storage_options: A
 
 def contents(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     """Return what a checkpoint of this moment holds, when the rows logged before it are on the disk."""
+    trainer.settle()
     checkpoint = restore.collect(trainer, weights_only)
     for logger in trainer.loggers:
         logger.sync()  # a run resumed from here expects the earlier rows to be there

@@ -77,6 +77,7 @@ def settled(
     if result is None:
         raise error or AssertionError
     callback.save_seconds = result.seconds
+    decision.trainer.interruption.saved_in(result.seconds)
     if result.path and outcome.path is not None:
         callback._files.wrote_path(outcome)
         callback._set(outcome.attributes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from typing import Any, Self
 
@@ -82,7 +82,7 @@ class Batches:
         shorter.num_batches = min(most, self.num_batches)
         return shorter
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[int, Any, bool]]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[tuple[int, Any, bool]]:
         """Yield (index, batch, is_last) from batch `start` of an epoch on."""
         limit = self.num_batches
         if start >= limit:

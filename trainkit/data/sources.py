@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ class Sources:
         self.val_every: int | None = None
         """Validate every n batches; None: at the end of an epoch."""
         self._earlier = {} if earlier is None else {kind: earlier.num_batches(kind) for kind in STEP}
+        self._open: dict[int, Generator[tuple[int, Any, bool]]] = {}  # by loader
         self._asked: dict[str, float] = {}  # the epoch in which loaders of a kind were asked for
 
     @property
@@ -201,7 +202,7 @@ class Sources:
             source, leaves = refilled(source, prepared), prepared
         self.objects[kind] = source
         limit, argument = self._limit(kind)
-        owners = (trainer.module, trainer.datamodule)
+        owners = (trainer.model, trainer.datamodule)
         may_be_empty = any(getattr(o, "allow_zero_length_dataloader_with_multiple_devices", False) for o in owners)
         names = [name] if len(leaves) == 1 else [f"{name} {index}" for index in range(len(leaves))]
         loaders = [
@@ -284,8 +285,15 @@ class Sources:
             part.reseed(seed)
         self._asked = dict(state.get("asked", dict.fromkeys(self._asked, self.trainer.current_epoch)))
 
+    def epoch(self, loader: Batches, epoch: int, start: int = 0) -> Iterator[tuple[int, Any, bool]]:
+        """Yield (index, batch, is_last) from batch `start` of a loader's epoch on; `close` ends it."""
+        batches = self._open[id(loader)] = loader.epoch(epoch, start)
+        return batches
+
     def close(self) -> None:
-        """Stop the workers that loaders kept."""
+        """Stop the workers, those of an epoch that an error has ended in its middle and those that loaders kept."""
+        while self._open:
+            self._open.popitem()[1].close()
         for kind in self.loaders:
             self._close(kind)
 

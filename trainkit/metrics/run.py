@@ -22,6 +22,7 @@ from trainkit.metrics.objects import (
 from trainkit.metrics.options import Given, check_hook, resolve
 
 RUN_START = "on_train_start"
+NOTES = ("seen", "_logged", "seen_by_loggers", "seen_on_bar", "_evaluated")
 Key = tuple[str, str, int | None]
 
 
@@ -264,6 +265,15 @@ class Metrics:
         self.table.reset()
         self.train = self.table = Table("train")
         self.hook = "on_sanity_check_end"
+
+    def noted(self) -> dict[str, Any]:
+        """Return what was seen so far, for `go_back`."""
+        return {name: getattr(self, name).copy() for name in NOTES}
+
+    def go_back(self, noted: dict[str, Any]) -> None:
+        """Forget what was seen since: an evaluation that was cut short."""
+        for name, value in noted.items():
+            setattr(self, name, value)
 
     def finish(self) -> None:
         """End the run: what was seen last stays, on the host, and so does an epoch that is not over."""

@@ -1,0 +1,69 @@
+"""Where in the data a batch is, written down so that anybody can fetch the same one again, with the same draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trainkit.data.combined import Combination
+from trainkit.data.loader import Batches
+from trainkit.errors import MisconfigurationException
+from trainkit.random import isolated_random
+
+
+def position_of(batches: Batches, epoch: int, batch_idx: int) -> dict[str, Any]:
+    """Return where a batch is, in plain values.
+
+    epoch, batch   counted from 0
+    loaders        for each loader: its name, the seed its order and its draws come from, how often it was gone through
+                   before in this epoch, the batch of that lap, the positions of the samples in the lap, and their
+                   indices in the data set; the last two are None for data without indices
+    """
+    loaders = []
+    for part, (lap, index) in zip(batches.parts, _laps(batches, batch_idx), strict=True):
+        samples = part.samples_of(epoch, index, lap)
+        first = index * len(part.samples_of(epoch, 0, lap) or ())  # only the last batch may be smaller
+        loaders.append(
+            {
+                "name": part.name,
+                "seed": part.seed,
+                "lap": lap,
+                "batch": index,
+                "positions": None if samples is None else list(range(first, first + len(samples))),
+                "samples": samples,
+            }
+        )
+    return {"epoch": epoch, "batch": batch_idx, "loaders": loaders}
+
+
+def _laps(batches: Batches, batch_idx: int) -> list[tuple[int, int]]:
+    """Return for each loader how often it was over before a batch of the epoch, and the index of its own batch."""
+    cycles = isinstance(batches, Combination) and batches.mode == "max_size_cycle"
+    lengths = [part.claimed if cycles and 0 < part.claimed < float("inf") else 0 for part in batches.parts]
+    return [divmod(batch_idx, int(length)) if length else (0, batch_idx) for length in lengths]
+
+
+def fetch(batches: Batches, position: Mapping[str, Any]) -> Any:
+    """Return the batch at a position, with the same draws; the process's own random state stays as it is.
+
+    Raises:
+        MisconfigurationException: there are other loaders than those of the position, or they have no such batch.
+    """
+    epoch, batch_idx, parts = int(position["epoch"]), int(position["batch"]), batches.parts
+    saved = position.get("loaders", [{}] * len(parts))
+    if len(saved) != len(parts):
+        raise MisconfigurationException(
+            f"replay: the position is one of {len(saved)} loaders, and {batches.name} has {len(parts)}. Give the "
+            "loaders of the run."
+        )
+    for part, loader in zip(parts, saved, strict=True):
+        if loader.get("seed") is not None:
+            part.reseed(loader["seed"])
+    with isolated_random():
+        try:
+            return batches.batch_at(epoch, batch_idx)
+        except IndexError:
+            raise MisconfigurationException(
+                f"replay: {batches.name} has no batch {batch_idx} in an epoch: it has {batches.num_batches}. Give the "
+                "data and the batch size of the run."
+            ) from None

@@ -142,6 +142,13 @@ def test_a_plain_state_dict_becomes_a_checkpoint_with_weights() -> None:
     assert main(["convert", "x.pt", "x.safetensors"]) == 0
 
 
+def test_a_secret_in_somebody_elses_checkpoint_is_not_copied(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 0.1, "api_key": "marker"}}, "x.ckpt")
+    assert main(["convert", "x.ckpt", "y.ckpt"]) == 0
+    assert "'***' in the place of api_key" in capsys.readouterr().out
+    assert b"marker" not in Path("y.ckpt").read_bytes()
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return os.mkdir, ("it_ran",)

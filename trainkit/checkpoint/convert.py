@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from trainkit.checkpoint import foreign, format, store, weights
 from trainkit.errors import CheckpointError
+from trainkit.redaction import redacted
 
 StrPath = str | os.PathLike[str]
 
@@ -27,6 +28,7 @@ def convert(source: StrPath, target: StrPath) -> str:
     Raises:
         CheckpointError: `target` exists or could not be written; `source` can't be read, or holds objects.
     """
+    secrets: list[str] = []
     origin, end = os.fspath(source), os.path.splitext(os.fspath(target))[1]
     if end not in KINDS:
         raise CheckpointError(f"{target} must end in {' or '.join(KINDS)}: that says what it is to be.")
@@ -36,6 +38,9 @@ def convert(source: StrPath, target: StrPath) -> str:
         state = {"state_dict": weights.load(origin)}
     elif "://" in origin or (os.path.isfile(origin) and not foreign.is_ours(origin)):
         state = foreign.made_plain(foreign.load(origin))
+        for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+            if key in state:
+                state[key] = redacted(state[key], secrets)
     else:
         state = store.load(origin)
         if end == ".ckpt":
@@ -49,7 +54,8 @@ def convert(source: StrPath, target: StrPath) -> str:
     except TypeError as error:
         raise CheckpointError(f"{origin} can't be converted: {error}") from error
     held = state.get("state_dict")
-    return f"{len(held)} tensors" if isinstance(held, Mapping) else "no weights"
+    made = f"{len(held)} tensors" if isinstance(held, Mapping) else "no weights"
+    return f"{made}, '***' in the place of {', '.join(secrets)}" if secrets and end == ".ckpt" else made
 
 
 def _weights_of(state: Mapping[str, object], origin: str) -> Mapping[str, object]:

@@ -11,7 +11,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
@@ -86,7 +85,7 @@ def read(source: Source) -> dict[str, Any]:
     if isinstance(source, Mapping):
         return dict(source)
     if isinstance(source, (str, PathLike)):
-        return store.load(Path(source))
+        return store.load(source)
     return format.read(cast(BinaryIO, source))
 
 

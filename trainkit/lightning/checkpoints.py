@@ -39,5 +39,8 @@ class LightningCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Return what lies under a path, Lightning's or trainkit's, its tensors on the host; see `load_checkpoint`."""
-        return load_checkpoint(path)
+        """Return what lies under a path, Lightning's or trainkit's, its tensors on the host; see `load_checkpoint`.
+
+        Under an address only trainkit's own are read.
+        """
+        return super().load_checkpoint(path) if "://" in os.fspath(path) else load_checkpoint(path)

@@ -994,6 +994,43 @@ def test_a_run_from_a_file_is_recorded_and_runs_the_same_again(project: Path, ch
     assert (first / "config.yaml").exists()
 
 
+SECRETIVE = """
+import torch
+from trainkit import Module
+
+class Service(Module):
+    def __init__(self, api_key: str, depth: int = 1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.ones(2, 1))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+"""
+
+
+def test_no_file_of_a_run_has_the_secrets_of_its_command_line(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "cli_secretive.py").write_text(SECRETIVE)
+    words = ["--model=cli_secretive.Service", "--model.api_key=marker", "--trainer.max_epochs=1"]
+    child = process(
+        "fit", *words, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs", cwd=tmp_path, checkout=checkout
+    )
+    out, _ = child.communicate(timeout=100)
+    assert child.returncode == 0, out
+    assert "warning: the config's 'model.init_args.api_key' looks like a secret" in out
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "cli_secretive.py"]
+    assert {"config.yaml", "hparams.yaml"} <= {path.name for path in written}
+    assert not [path for path in written if b"marker" in path.read_bytes()]
+    (recorded,) = tmp_path.rglob("config.yaml")
+    assert "--model.api_key=***" in recorded.read_text().splitlines()[0]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_ends_in_its_exit_code_and_the_command_to_go_on(
     number: int, code: int, checkout: Path, tmp_path: Path

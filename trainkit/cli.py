@@ -1,4 +1,4 @@
-"""The command `trainkit`: fit, validate, test and predict from YAML files and dotted options.
+"""The command `trainkit`: fit, validate, test and predict from YAML files and dotted options. Files: file_commands.py.
 
     trainkit fit --config configs/digits.yaml --trainer.max_epochs 3
 
@@ -22,8 +22,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trainkit import __version__
+from trainkit import __version__, file_commands
 from trainkit.errors import CheckpointError, MisconfigurationException, nearest
+from trainkit.redaction import redacted_words
 
 if TYPE_CHECKING:
     from trainkit import DataModule, Module, Trainer
@@ -42,6 +43,9 @@ commands:
   test       run its test data once
   predict    run it on new data
   certify    kill a training run at random, and prove that it goes on exactly
+
+  inspect    show what is in a checkpoint, and whether it is whole
+  convert    make a checkpoint of another program's file, or a file of its weights
 
   trainkit COMMAND --help    the options of a command
   trainkit --version         the version
@@ -123,9 +127,17 @@ class CommandLine:
     @property
     def again(self) -> str:
         """The command that starts the same run again, quoted for a shell; a checkpoint may be added."""
+        return self._shown(self.words)
+
+    @property
+    def harmless(self) -> str:
+        """The same without secrets, for a file."""
+        return self._shown(redacted_words(self.words))
+
+    def _shown(self, words: Sequence[str]) -> str:
         module = sys.argv[0].endswith(os.path.join("trainkit", "__main__.py"))
         program = ["python", "-m", "trainkit"] if module else ["trainkit"]
-        return shlex.join([*program, self.command, *self.words])
+        return shlex.join([*program, self.command, *words])
 
 
 def main(args: Sequence[str] | None = None, prepare: Callable[[Trainer], None] | None = None) -> int:
@@ -159,6 +171,8 @@ def _main(words: list[str], prepare: Callable[[Trainer], None] | None) -> int:
     if words[0] == "--version":
         print(f"trainkit {__version__}")
         return 0
+    if words[0] in file_commands.COMMANDS:
+        return file_commands.main(words[0], words[1:])
     try:
         if words[0] == "certify":
             from trainkit.testing import command
@@ -199,7 +213,7 @@ def read(words: Sequence[str]) -> CommandLine:
     if command not in DOES:
         if command.startswith("-"):
             raise UsageError(f"no command before {command!r}", f"for example: trainkit fit {shlex.join(words)}")
-        raise UsageError(f"no command {command!r}", nearest(command, DOES))
+        raise UsageError(f"no command {command!r}", nearest(command, {**DOES, **file_commands.COMMANDS}))
     line = CommandLine(command)
     position = 0
     while position < len(rest):
@@ -287,7 +301,7 @@ def _run_checked(line: CommandLine, prepare: Callable[[Trainer], None] | None = 
     if config.seed_everything is not False:
         seed = None if config.seed_everything is True else config.seed_everything
         config.seed_everything = seed_everything(seed, workers=True, verbose=False)
-    recorder = record.RecordConfig(parser.resolved(configured, config), f"trainkit {__version__}: {line.again}")
+    recorder = record.RecordConfig(parser.resolved(configured, config), f"trainkit {__version__}: {line.harmless}")
     trainer = build.make_trainer(configured, config, asked, [recorder])
     trainer.command = line.again
     if prepare is not None:
@@ -389,7 +403,7 @@ def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Show a warning; of trainkit's own only the text, because where it was raised tells the user nothing."""
-    if filename.startswith(os.path.dirname(__file__) + os.sep):
+    if filename.startswith((os.path.dirname(__file__) + os.sep, "<frozen runpy>")) or filename == sys.argv[0]:
         return f"warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from functools import partial
 from os import PathLike
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
@@ -101,7 +102,7 @@ class DataModule(DataHooks, HyperParameters):
     @class_only
     def load_from_checkpoint(
         cls,
-        checkpoint_path: str | PathLike[str] | IO[bytes],
+        checkpoint_path: str | PathLike[str] | IO[bytes] | Mapping[str, Any],
         map_location: Any = None,
         hparams_file: str | PathLike[str] | None = None,
         weights_only: bool | None = None,
@@ -110,7 +111,7 @@ class DataModule(DataHooks, HyperParameters):
         """Make the data module again from a checkpoint: its saved hyperparameters, then its state.
 
         Args:
-            checkpoint_path: the file, trainkit's or Lightning's, or an open one.
+            checkpoint_path: the file, an open one, or what one holds; see `Module.load_from_checkpoint`.
             map_location: kept for Lightning's signature; tensors are read to the cpu.
             hparams_file: a YAML or CSV file with hyperparameters, in place of the checkpoint's.
             weights_only: kept for Lightning's signature; nothing in a file is ever executed.

@@ -1,4 +1,4 @@
-"""Hand a module over to other runtimes: ONNX, TorchScript, TensorRT.
+"""Hand a module over to other programs: safetensors, ONNX, TorchScript, TensorRT.
 
 `torch.export.export(module, (inputs,))` needs nothing from here: a Module is an nn.Module like any other, before and
 after a run. Call `module.eval()` first.
@@ -50,6 +50,36 @@ class Exports:
         inputs = _inputs(self, input_sample, "to_onnx", "input_sample")
         with evaluating(self), torch.no_grad():
             return torch.onnx.export(self, inputs, file_path, **options)
+
+    def to_safetensors(self: Any, file_path: str | os.PathLike[str]) -> None:
+        """Write the weights, the module's `state_dict`, as a safetensors file, which other programs read.
+
+        Tied weights are there once, all of them contiguous; `load_safetensors` restores them exactly.
+
+        Args:
+            file_path: the file; one of that name is replaced when all is written.
+
+        Raises:
+            CheckpointError: it could not be written; an earlier file of that name is intact.
+            TypeError: there is something else than dense tensors in the `state_dict`.
+        """
+        from trainkit.checkpoint import weights
+
+        weights.save(file_path, self.state_dict())
+
+    def load_safetensors(self: Any, file_path: str | os.PathLike[str], strict: bool | None = None) -> None:
+        """Load weights from a safetensors file, after comparing names, shapes and dtypes with the module's.
+
+        Args:
+            file_path: the file.
+            strict: whether names and dtypes must match exactly (default: the module's `strict_loading`).
+
+        Raises:
+            CheckpointError: there is no such file, it is damaged, or its weights do not fit; nothing was changed.
+        """
+        from trainkit.checkpoint import weights
+
+        weights.load_into(self, file_path, self.strict_loading if strict is None else strict)
 
     def to_torchscript(
         self: Any,

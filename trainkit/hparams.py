@@ -12,11 +12,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 
 from trainkit.errors import warn
+from trainkit.redaction import redacted
 
+_told: WeakSet[HyperParameters] = WeakSet()
 _given: ContextVar[tuple[type, dict[str, Any]] | None] = ContextVar("_given", default=None)
 
 
@@ -208,9 +211,12 @@ def _is_init_of(owner: object, frame: FrameType) -> bool:
 
 
 def plain_hparams(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the hyperparameters that a checkpoint can hold, paths as strings; others are left out with a warning."""
+    """Return the hyperparameters that a checkpoint can hold, paths as strings; others are left out with a warning.
+
+    Secrets are "***" in it, see `trainkit.redaction`.
+    """
     kept: dict[str, Any] = {}
-    for name, given in hparams.items():
+    for name, given in redacted(hparams).items():
         value = os.fspath(given) if isinstance(given, os.PathLike) else given
         if isinstance(value, (Namespace, AttributeDict)):
             value = dict(vars(value) if isinstance(value, Namespace) else value)
@@ -224,6 +230,20 @@ def plain_hparams(hparams: Mapping[str, Any]) -> dict[str, Any]:
                 f"load_from_checkpoint(path, {name}=...)."
             )
     return kept
+
+
+def tell_of_secrets(owner: HyperParameters) -> None:
+    """Warn once, for an object whose hyperparameters are about to be written, which of them are not."""
+    found: list[str] = []
+    redacted(owner.hparams, found)
+    if found and owner not in _told:
+        _told.add(owner)
+        names = ", ".join(map(repr, found))
+        warn(
+            f"the hyperparameter {names} of {type(owner).__name__} looks like a secret: checkpoints, config files and "
+            f"loggers get '***' in its place. Give it again where a checkpoint is loaded: "
+            f"load_from_checkpoint(path, {found[0].partition('.')[0]}=...)."
+        )
 
 
 def namespaces_of(hparams: Mapping[str, Any]) -> list[str]:

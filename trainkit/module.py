@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
@@ -257,7 +257,7 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
     @class_only
     def load_from_checkpoint(
         cls,
-        checkpoint_path: str | PathLike[str] | IO[bytes],
+        checkpoint_path: str | PathLike[str] | IO[bytes] | Mapping[str, Any],
         map_location: Any = None,
         hparams_file: str | PathLike[str] | None = None,
         strict: bool | None = None,
@@ -267,7 +267,8 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
         """Make the module again from a checkpoint: its saved hyperparameters, then its weights.
 
         Args:
-            checkpoint_path: the file, trainkit's or Lightning's, or an open one.
+            checkpoint_path: the file, an open one, or what one holds. A file that Lightning wrote has to be converted
+                (`trainkit convert`), or read by name: `trainkit.lightning.load_checkpoint(path)`.
             map_location: a device for the weights (default: the cpu).
             hparams_file: a YAML or CSV file with hyperparameters, in place of the checkpoint's.
             strict: whether parameters must match exactly (default: the module's `strict_loading`).

@@ -22,12 +22,13 @@ from trainkit.data.transfer import TRANSFER_HOOKS, transfer_of
 from trainkit.datamodule import DataModule
 from trainkit.errors import MisconfigurationException, SearchOver, warn
 from trainkit.hooks import Hooks, announced, is_overridden
-from trainkit.hparams import merged_hparams
+from trainkit.hparams import HyperParameters, merged_hparams, tell_of_secrets
 from trainkit.metrics import Metrics, NoMetrics
 from trainkit.module import Module
 from trainkit.optim import Schedules, configure
 from trainkit.profiler.actions import actions_of, recorded
 from trainkit.random import seed_of_state
+from trainkit.redaction import redacted
 from trainkit.signals import Interrupted
 from trainkit.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainkit.update import StepOptimizer, Update
@@ -201,7 +202,10 @@ def log_hyperparameters(trainer: Trainer) -> None:
     """Hand the module's and the data module's hyperparameters, and the graph, to the loggers, once a run."""
     if not trainer.loggers:
         return
-    hparams = merged_hparams([owner for owner in (trainer.module, trainer.datamodule) if owner is not None])
+    owners: list[HyperParameters] = [owner for owner in (trainer.module, trainer.datamodule) if owner is not None]
+    for owner in owners:
+        tell_of_secrets(owner)
+    hparams = redacted(merged_hparams(owners))
     for logger in trainer.loggers:
         if hparams:
             logger.log_hyperparams(hparams)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -101,3 +102,13 @@ def test_a_copy_from_a_device_holds_what_was_there_when_it_was_asked_for() -> No
         snapshot.wait()
         assert copy["w"].is_pinned()
         assert bool((copy["w"] == number).all())
+
+
+def test_arrays_and_bytes_that_training_changes_in_place_are_copied() -> None:
+    state = {"array": np.arange(3), "number": np.float32(0.5), "bytes": bytearray(b"abc"), "set": {1}}
+    copy = Snapshot().take(check_plain(state))
+    state["array"][0] = 7
+    state["bytes"][0] = 0
+    assert copy["array"].tolist() == [0, 1, 2]
+    assert (copy["number"], type(copy["number"])) == (np.float32(0.5), np.float32)
+    assert (copy["bytes"], copy["set"]) == (bytearray(b"abc"), {1})

@@ -130,7 +130,7 @@ def flipped(content: bytes) -> bytes:
     [
         (lambda content: content[: len(content) // 2], "is cut off"),
         (lambda content: b"", "is empty"),
-        (flipped, "is damaged: Bad CRC-32 for file '.*data/0'"),
+        (flipped, r"is damaged: the record data/0 \(state_dict/w\) was changed"),
     ],
     ids=["cut off", "empty", "one bit"],
 )
@@ -148,11 +148,14 @@ def test_a_damaged_file_is_skipped_with_the_reason_and_never_removed(
 
 def test_checkpoints_of_which_none_loads_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(b"")
-    torch.save({"w": torch.zeros(1)}, tmp_path / "b.ckpt")
+    store.save(tmp_path / "b.ckpt", {"w": torch.zeros(1)})
+    torch.save({"global_step": 3}, tmp_path / "c.ckpt")
     with pytest.raises(CheckpointError, match=r"none|no checkpoint") as caught:
         store.newest(tmp_path)
     assert "a.ckpt is empty" in str(caught.value)
     assert "b.ckpt is not a checkpoint of a run: it has no global_step" in str(caught.value)
+    assert "c.ckpt is not a checkpoint of trainkit: it has no record trainkit.json." in str(caught.value)
+    assert f"trainkit convert {tmp_path}/c.ckpt NEW.ckpt" in str(caught.value)
 
 
 def test_weights_that_are_not_finite_are_the_newest_only_if_there_is_nothing_better(tmp_path: Path) -> None:

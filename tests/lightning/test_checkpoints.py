@@ -1,4 +1,5 @@
-"""Files that Lightning wrote (see make_checkpoints.py): they load, and their runs go on as if nothing had happened."""
+"""Files that Lightning wrote (see make_checkpoints.py): asked for by name, or converted, their runs go on as if nothing
+had happened."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from trainkit import Callback, DataModule, Module, Trainer
 from trainkit.callbacks import EarlyStopping, ModelCheckpoint
+from trainkit.checkpoint import foreign, store
 from trainkit.errors import CheckpointError
+from trainkit.lightning import LightningCheckpointIO, load_checkpoint
 from trainkit.precision import MixedPrecision
 
 HERE = Path(__file__).parent / "checkpoints"
@@ -76,6 +79,7 @@ class Numbers(DataModule):
 
 def trainer(**settings: Any) -> Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    settings = {"plugins": [LightningCheckpointIO()], **settings}
     return Trainer(**{"max_epochs": 3, "enable_checkpointing": False, "num_sanity_val_steps": 0, **quiet, **settings})
 
 
@@ -92,8 +96,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("converted", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_run_of_lightning_goes_on_here_to_the_same_weights(name: str) -> None:
+def test_a_run_of_lightning_goes_on_here_to_the_same_weights(name: str, converted: bool, tmp_path: Path) -> None:
     module, data = Line(), Numbers()
     where: list[tuple[int, int, int]] = []
 
@@ -101,8 +106,12 @@ def test_a_run_of_lightning_goes_on_here_to_the_same_weights(name: str) -> None:
         def on_train_start(self, trainer: Trainer, module: Module) -> None:
             where.append((trainer.current_epoch, trainer.progress.batch, trainer.global_step))
 
-    run = trainer(callbacks=[Look()], **SETTINGS[name])
-    run.fit(module, datamodule=data, ckpt_path=HERE / f"{name}.ckpt")
+    path, plugins = HERE / f"{name}.ckpt", [LightningCheckpointIO()]
+    if converted:
+        store.save(tmp_path / "it.ckpt", foreign.made_plain(foreign.load(path)))
+        path, plugins = tmp_path / "it.ckpt", []
+    run = trainer(callbacks=[Look()], plugins=plugins, **SETTINGS[name])
+    run.fit(module, datamodule=data, ckpt_path=path)
     begins = {"accumulate": (1, 4, 5), "callbacks": (2, 0, 10)}
     assert where == [begins.get(name, (1, 3, 8))]
     assert weights(module) == pytest.approx(EXPECTED[name], abs=1e-6)
@@ -137,18 +146,55 @@ def test_callbacks_take_up_what_lightnings_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(HERE.glob("*.ckpt")), ids=lambda path: path.stem)
 def test_load_from_checkpoint_makes_module_and_data_again(path: Path) -> None:
-    module = Line.load_from_checkpoint(path, lr=0.5)
+    module = Line.load_from_checkpoint(load_checkpoint(path), lr=0.5)
     saved = torch.load(path, weights_only=True)
     assert dict(module.hparams) == {"lr": 0.5, "optimizer": "Adam", "betas": (0.9, 0.99)}
     assert torch.equal(module.layer.weight, saved["state_dict"]["layer.weight"])
     assert (module.answer, module.lightning) == (42, "2.6.6")
-    data = Numbers.load_from_checkpoint(path)
+    data = Numbers.load_from_checkpoint(load_checkpoint(path))
     assert (data.hparams.batch_size, data.seen) == (4, 7)
 
 
 def test_a_run_can_be_evaluated_from_a_file_of_lightning() -> None:
     results = trainer(logger=False).test(Line(), datamodule=Numbers(), ckpt_path=HERE / "callbacks.ckpt", verbose=False)
     assert results == [{"val_loss": pytest.approx(0.6378, abs=1e-4)}]
+
+
+@pytest.mark.parametrize("use", ["fit", "validate", "test", "predict"])
+def test_without_being_asked_for_by_name_they_do_not_load(use: str) -> None:
+    run, path = trainer(plugins=None), HERE / "middle.ckpt"
+    with pytest.raises(CheckpointError, match=rf"no record trainkit.json.*: trainkit convert {path} NEW\.ckpt"):
+        getattr(run, use)(Line(), datamodule=Numbers(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("cls", [Line, Numbers])
+def test_without_being_asked_for_by_name_they_make_no_object(cls: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"trainkit convert .*middle\.ckpt NEW\.ckpt"):
+        cls.load_from_checkpoint(HERE / "middle.ckpt")
+
+
+def test_files_of_lightning_in_a_checkpoints_folder_do_not_hinder_their_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    path = shutil.copy(HERE / "middle.ckpt", tmp_path / "checkpoints" / "it.ckpt")
+    run = trainer()
+    run.fit(Line(), datamodule=Numbers(), ckpt_path=path)
+    assert run.global_step == 15
+
+
+def test_what_is_asked_for_by_name_may_be_trainkits_own(tmp_path: Path) -> None:
+    run = trainer(max_epochs=1)
+    run.fit(Line(), datamodule=Numbers())
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    assert load_checkpoint(tmp_path / "own.ckpt")["global_step"] == 5
+    content = bytearray((tmp_path / "own.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "own.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_checkpoint(tmp_path / "own.ckpt")
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path / "none.ckpt")
+    with pytest.raises(CheckpointError, match="is not read from the network"):
+        load_checkpoint("https://example.org/x.ckpt")
 
 
 def test_a_file_with_weights_only_is_no_run() -> None:

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import trainkit.lightning.pytorch as pl
+from trainkit.checkpoint import store
 from trainkit.lightning.pytorch.callbacks import EarlyStopping, Timer
 from trainkit.lightning.pytorch.cli import (
     LightningArgumentParser,
@@ -419,6 +420,44 @@ def test_what_makes_an_optimizer_can_be_an_argument() -> None:
 
 
 # ---------------------------------------------------------------- what is saved
+class Keyed(Model):
+    def __init__(self, api_key: str, service: dict[str, str] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:the hyperparameter .* looks like a secret")
+def test_the_config_is_saved_without_secrets() -> None:
+    options = [
+        "--trainer.default_root_dir=run",
+        "--model.api_key=marker",
+        '--model.service={"token": "marker"}',
+        *SHORT,
+    ]
+    with pytest.warns(UserWarning, match=r"'model.api_key', 'model.service.token' looks like a secret"):
+        done = LightningCLI(Keyed, BoringDataModule, args=["fit", *options], seed_everything_default=0)
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (saved["model"]["api_key"], saved["model"]["service"]) == ("***", {"token": "***"})
+    assert done.config.fit.model.api_key == "marker"
+
+
+@pytest.mark.filterwarnings("ignore:the hyperparameter .* looks like a secret")
+def test_a_secret_of_the_command_line_is_used_where_the_checkpoint_has_none() -> None:
+    arguments = {"model_class": Keyed, "datamodule_class": BoringDataModule, "save_config_callback": None}
+    LightningCLI(args=["fit", "--model.api_key=one", "--model.width=7", *SHORT], **arguments).trainer.save_checkpoint(
+        "x"
+    )
+    tested = [
+        "test",
+        "--ckpt_path=x",
+        "--model.api_key=two",
+        "--trainer.limit_test_batches=1",
+        "--verbose=false",
+        *QUIET,
+    ]
+    model = LightningCLI(args=tested, **arguments).model
+    assert (model.hparams.api_key, model.hparams.width) == ("two", 7)
+
+
 def test_the_config_is_saved_where_the_run_is_and_runs_again() -> None:
     root = ["--trainer.default_root_dir=run", "--model.width=4"]
     cli("fit", *root, *SHORT, save_config_callback=SaveConfigCallback)
@@ -486,7 +525,7 @@ def test_a_checkpoint_that_names_a_class_nobody_imported_is_refused() -> None:
     cli("fit", "--model=models.Model", *SHORT, **options).trainer.save_checkpoint("it.ckpt")
     checkpoint = torch.load("it.ckpt", weights_only=True)
     checkpoint["hyper_parameters"]["_class_path"] = "antigravity.Model"
-    torch.save(checkpoint, "it.ckpt")
+    store.save("it.ckpt", checkpoint)
     with pytest.raises(ValueError, match="has not imported"):
         pl.LightningModule.load_from_checkpoint("it.ckpt")
     assert "antigravity" not in sys.modules

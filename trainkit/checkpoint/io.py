@@ -51,4 +51,6 @@ class CheckpointIO:
 
 def is_own(checkpoint_io: CheckpointIO) -> bool:
     """Whether the files are trainkit's own: what lies under a path of another class, only that class knows."""
-    return type(checkpoint_io) is CheckpointIO
+    kind = type(checkpoint_io)
+    written = (kind.save_checkpoint, kind.remove_checkpoint)
+    return written == (CheckpointIO.save_checkpoint, CheckpointIO.remove_checkpoint)

@@ -7,29 +7,27 @@ that the program has imported already; that goes for the classes inside a Lightn
 from __future__ import annotations
 
 import inspect
-import pickle
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 
-from trainkit.checkpoint import store
-from trainkit.checkpoint.format import harmless_classes
+from trainkit.checkpoint import format, store
 from trainkit.checkpoint.hparams_files import load_hparams
 from trainkit.checkpoint.restore import load_weights
-from trainkit.errors import CheckpointError, warn
+from trainkit.errors import warn
 from trainkit.hooks import is_overridden
 from trainkit.hparams import AttributeDict, given_hyperparameters
+from trainkit.redaction import hidden_in
 
 if TYPE_CHECKING:
     from trainkit.datamodule import DataModule
     from trainkit.module import Module
 
-Source = str | PathLike[str] | IO[bytes]
+Source = str | PathLike[str] | IO[bytes] | Mapping[str, Any]
 
 INSTANTIATORS = {
     "trainkit.lightning.cli.instantiate_module",
@@ -48,7 +46,7 @@ def rebuild_module(
     overrides: dict[str, Any],
 ) -> Any:
     """Make a module again. See `Module.load_from_checkpoint`."""
-    checkpoint = read(source)
+    checkpoint, source = read(source), _described(source)
     checkpoint.setdefault("hyper_parameters", {})
     saved = _saved_hparams(checkpoint, "", hparams_file)
     module = _construct(cls, saved, checkpoint.get("hparams_name"), overrides, source)
@@ -69,7 +67,7 @@ def rebuild_datamodule(
     cls: type[DataModule], source: Source, hparams_file: str | PathLike[str] | None, overrides: dict[str, Any]
 ) -> Any:
     """Make a data module again. See `DataModule.load_from_checkpoint`."""
-    checkpoint = read(source)
+    checkpoint, source = read(source), _described(source)
     saved = _saved_hparams(checkpoint, "datamodule_", hparams_file)
     datamodule = _construct(cls, saved, checkpoint.get("datamodule_hparams_name"), overrides, source)
     state = checkpoint.get(type(datamodule).__qualname__)
@@ -79,21 +77,21 @@ def rebuild_datamodule(
 
 
 def read(source: Source) -> dict[str, Any]:
-    """Return what a checkpoint holds, from its path or from an open file.
+    """Return what a checkpoint holds, from its path, from an open file, or from what was read of one already.
 
     Raises:
-        CheckpointError: it can't be read, or holds objects; nothing in it has been run.
+        CheckpointError: it can't be read, or trainkit did not write it; nothing in it has been run.
     """
+    if isinstance(source, Mapping):
+        return dict(source)
     if isinstance(source, (str, PathLike)):
-        return store.load(Path(source))
-    try:
-        with harmless_classes():
-            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{source} was refused, it holds more than tensors and plain values: {error}") from error
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{source} holds a {type(checkpoint).__name__}, not the dict of a checkpoint.")
-    return checkpoint
+        return store.load(source)
+    return format.read(cast(BinaryIO, source))
+
+
+def _described(source: Source) -> Any:
+    """Return what messages call a source."""
+    return "the checkpoint" if isinstance(source, Mapping) else source
 
 
 # ---------------------------------------------------------------------- hyperparameters
@@ -115,6 +113,13 @@ def _saved_hparams(
 # ---------------------------------------------------------------------- making the object
 def _construct(cls: type, saved: dict[str, Any], name: str | None, overrides: dict[str, Any], source: object) -> Any:
     """Call a class with its saved arguments, those given now in their place."""
+    secrets = [key for key in hidden_in(saved) if key.partition(".")[0] not in overrides]
+    saved = {key: value for key, value in saved.items() if key not in secrets or (name and name != "kwargs")}
+    if secrets:
+        warn(
+            f"{source} does not have {', '.join(map(repr, secrets))}: files get '***' in the place of what looks like "
+            f"a secret. Give it again: load_from_checkpoint(path, {secrets[0].partition('.')[0]}=...)."
+        )
     instantiator = saved.pop("_instantiator", None)
     if instantiator is not None:
         if instantiator not in INSTANTIATORS:

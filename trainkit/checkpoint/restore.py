@@ -22,7 +22,7 @@ from trainkit.errors import (
     NoCheckpointError,
     warn,
 )
-from trainkit.hparams import namespaces_of, plain_hparams
+from trainkit.hparams import namespaces_of, plain_hparams, tell_of_secrets
 from trainkit.loggers.base import run_directory, runs_directory
 from trainkit.stages import TrainerFn
 from trainkit.state import ByKey, resume_state
@@ -59,6 +59,7 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         ]
         checkpoint["made_of"] = {**trainer.made_of, "data": changes.data_of(trainer)}
     if module.hparams:
+        tell_of_secrets(module)
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = module.hparams_name
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = plain_hparams(module.hparams)
         if namespaces := namespaces_of(module.hparams):
@@ -67,6 +68,7 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         if state := datamodule.state_dict():
             checkpoint[type(datamodule).__qualname__] = state
         if datamodule.hparams:
+            tell_of_secrets(datamodule)
             checkpoint[datamodule.CHECKPOINT_HYPER_PARAMS_NAME] = datamodule.hparams_name
             checkpoint[datamodule.CHECKPOINT_HYPER_PARAMS_KEY] = plain_hparams(datamodule.hparams)
     trainer.hooks.on_save_checkpoint(checkpoint)
@@ -276,7 +278,7 @@ def _best_of_newest_run(trainer: Trainer) -> str:
     last, callback = find_last(trainer), trainer.checkpoint_callback
     if last is None or callback is None:
         return ""
-    state = store.load(last).get("callbacks", {}).get(callback.state_key, {})
+    state = store.head(last).state.get("callbacks", {}).get(callback.state_key, {})
     best = str(state.get("best_model_path") or "")
     if best and not store.exists(best):  # the run directory was moved as a whole
         best = os.path.join(os.path.dirname(last), os.path.basename(best))
@@ -295,7 +297,10 @@ def continue_loggers(trainer: Trainer, checkpoint: Mapping[str, Any], path: str 
     beside = None
     if not store.is_remote(path) and Path(path).parent.name == "checkpoints":
         beside = Path(path).resolve().parent.parent
-    newest = store.newest(os.path.dirname(path) or ".")
+    try:
+        newest = store.newest(os.path.dirname(path) or ".")
+    except CheckpointError:  # it was not trainkit that wrote them
+        return
     if newest is None or store.step_of(newest) > step:
         return
     for index, logger in enumerate(trainer.loggers):

@@ -63,6 +63,8 @@ class Snapshot:
             return items
         if type(value) is list or type(value) is tuple:
             return type(value)(map(self._copied, value))
+        if isinstance(value, bytearray) or hasattr(value, "__array__"):  # training can change them in place
+            return value.copy()
         return value
 
     def _tensor(self, value: Tensor) -> Tensor:

@@ -9,16 +9,17 @@ import contextlib
 import difflib
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainkit.checkpoint import disk, format, remote
 from trainkit.checkpoint.disk import StrPath
-from trainkit.checkpoint.finite import weights_are_finite
 from trainkit.checkpoint.remote import is_remote as is_remote
 from trainkit.errors import CheckpointError, NoCheckpointError
 
 EXTENSION = ".ckpt"
+Found = TypeVar("Found")
 
 
 # ---------------------------------------------------------------------- writing
@@ -101,7 +102,7 @@ def load(path: StrPath) -> dict[str, Any]:
     """
     name = named(path)
     try:
-        return _read(name)
+        return _look(name, format.read)
     except NoCheckpointError:
         raise
     except FileNotFoundError as error:
@@ -131,15 +132,19 @@ def newest(directory: StrPath) -> StrPath | None:
     for path in [os.path.join(named(directory), name) for name in checkpoints_in(directory)]:
         try:
             ranked.append((_rank(path), path))
+        except FileNotFoundError:
+            pass  # its run has removed it since
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
     for _, path in sorted(ranked, reverse=True):
         try:
-            state = _read(path)
+            finite = _look(path, format.verify).finite
+        except FileNotFoundError:
+            continue
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
             continue
-        if weights_are_finite(state):
+        if finite:
             found = path
             break
         not_finite.append(path)
@@ -157,6 +162,11 @@ def newest(directory: StrPath) -> StrPath | None:
     return found if found is None or is_remote(found) else Path(found)
 
 
+def head(path: StrPath) -> format.Head:
+    """Return what a checkpoint says of itself, with its tensors left in the file; see `format.head`."""
+    return _look(named(path), format.head)
+
+
 def step_of(path: StrPath) -> int:
     """Return the `global_step` of a checkpoint, from a look that leaves its tensors on the disk.
 
@@ -168,7 +178,7 @@ def step_of(path: StrPath) -> int:
 
 def _rank(path: str) -> tuple[int, ...]:
     """Order checkpoints by what they say inside: those that can be resumed first, then by training done."""
-    state = _read(path, mmap=True)
+    state = head(path).state
     progress = state.get("progress") or {}
     numbers = [
         state.get("global_step"),
@@ -180,10 +190,10 @@ def _rank(path: str) -> tuple[int, ...]:
     return ("optimizer_states" in state, *numbers, os.path.basename(path).startswith("last"))
 
 
-def _read(path: str, mmap: bool = False) -> dict[str, Any]:
+def _look(path: str, use: Callable[[str], Found]) -> Found:
     with _on_this_machine(path) as local:
         try:
-            return format.read(local, mmap=mmap and local == path)
+            return use(local)
         except CheckpointError as error:
             raise type(error)(str(error).replace(local, path)) from error.__cause__
 

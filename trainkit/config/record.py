@@ -8,7 +8,8 @@ from typing import Any
 
 from trainkit import Callback, Module, Trainer
 from trainkit.config.parser import dump
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, warn
+from trainkit.redaction import redacted
 
 
 class RecordConfig(Callback):
@@ -16,7 +17,7 @@ class RecordConfig(Callback):
 
     The first fit of a directory writes `config.yaml`, a resumed one `config.resume-1.yaml` and so on: nothing that is
     there is ever written over. Loggers get the config as nested hyperparameters, unless the module or the data saved
-    their own.
+    their own. What looks like a secret is "***" in both.
 
     Args:
         config: the resolved config.
@@ -24,7 +25,8 @@ class RecordConfig(Callback):
     """
 
     def __init__(self, config: dict[str, Any], header: str) -> None:
-        self.config, self.header = config, header
+        self.secrets: list[str] = []
+        self.config, self.header = redacted(config, self.secrets), header
         self.path: Path | None = None
         self.first_step: int | None = None
         """The run's global_step before its first batch; None before training."""
@@ -32,6 +34,9 @@ class RecordConfig(Callback):
     def on_fit_start(self, trainer: Trainer, module: Module) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
+        if self.secrets:
+            names = ", ".join(map(repr, self.secrets))
+            warn(f"the config's {names} looks like a secret: it is '***' in the run directory and with loggers.")
         self.path = self._write(Path(trainer.log_dir or trainer.default_root_dir))
         if not module.hparams and not (trainer.datamodule is not None and trainer.datamodule.hparams):
             for logger in trainer.loggers:

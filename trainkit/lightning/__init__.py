@@ -4,6 +4,8 @@
     from lightning.pytorch.callbacks import Timer    ->  from trainkit.lightning.pytorch.callbacks import Timer
     import pytorch_lightning as pl                   ->  import trainkit.lightning.pytorch as pl
 
+Lightning's own files load through `L.load_checkpoint` and `L.LightningCheckpointIO` only, or `trainkit convert`.
+
 The names mean trainkit's own classes and functions: `L.LightningModule is trainkit.Module`. Which module has which
 names is the table in `trainkit.lightning.names`; everything loads when it is first used.
 """
@@ -18,12 +20,23 @@ from trainkit.lightning import names
 if TYPE_CHECKING:
     from trainkit.callback import Callback as Callback
     from trainkit.datamodule import DataModule as LightningDataModule
+    from trainkit.lightning.checkpoints import LightningCheckpointIO as LightningCheckpointIO
+    from trainkit.lightning.checkpoints import load_checkpoint as load_checkpoint
     from trainkit.module import Module as LightningModule
     from trainkit.random import seed_everything as seed_everything
     from trainkit.trainer import Trainer as Trainer
 
 __version__ = "2.6.6"  # the version of Lightning whose names these are
-__all__ = ["Callback", "LightningDataModule", "LightningModule", "Trainer", "__version__", "seed_everything"]
+__all__ = [
+    "Callback",
+    "LightningCheckpointIO",
+    "LightningDataModule",
+    "LightningModule",
+    "Trainer",
+    "__version__",
+    "load_checkpoint",
+    "seed_everything",
+]
 
 
 def __getattr__(name: str) -> Any:

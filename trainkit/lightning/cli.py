@@ -39,6 +39,7 @@ from trainkit.lightning.parser import OptimizerCallable as OptimizerCallable
 from trainkit.lightning.parser import ReduceLROnPlateau as ReduceLROnPlateau
 from trainkit.lightning.parser import class_from_function, class_spec, module_type
 from trainkit.lightning.stand_in import renamed, standing_in
+from trainkit.redaction import HIDDEN, is_secret, redacted, without_hidden
 
 
 class SaveConfigCallback(Callback):
@@ -99,7 +100,25 @@ class SaveConfigCallback(Callback):
                 "save_config_kwargs={'overwrite': True}, or save no config with save_config_callback=None."
             )
         os.makedirs(folder, exist_ok=True)
-        self.parser.save(self.config, path, skip_unset=False, overwrite=self.overwrite, multifile=self.multifile)
+        secrets: list[str] = []
+        config = without_secrets(self.config, secrets)
+        if secrets:
+            names = ", ".join(map(repr, secrets))
+            warn(f"the config's {names} looks like a secret: it is '***' in {path}.")
+        options = {"overwrite": self.overwrite, "multifile": self.multifile, "skip_validation": bool(secrets)}
+        self.parser.save(config, path, skip_unset=False, **options)
+
+
+def without_secrets(config: jsonargparse.Namespace, found: list[str]) -> jsonargparse.Namespace:
+    """Return a copy of a config with "***" in the place of what looks like a secret; `found` gets the names."""
+    copy = config.clone()
+    for key, value in list(copy.items(branches=True)):
+        if is_secret(key, value):
+            found.append(key)
+            copy[key] = HIDDEN
+        elif isinstance(value, (dict, list, tuple)):
+            copy[key] = redacted(value, found, key)
+    return copy
 
 
 class LightningCLI:
@@ -283,7 +302,7 @@ class LightningCLI:
         path = self.config[subcommand].get("ckpt_path") if subcommand else None
         if not path or not os.path.isfile(path):
             return
-        hparams = dict(store.load(path).get("hyper_parameters") or {})
+        hparams = dict(without_hidden(store.load(path).get("hyper_parameters") or {}))
         hparams.pop("_instantiator", None)
         if not hparams:
             return

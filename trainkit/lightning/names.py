@@ -47,7 +47,7 @@ CHECKPOINT_IO = {"trainkit.checkpoint.io": "CheckpointIO TorchCheckpointIO=Check
 DEMOS = {"trainkit.lightning.demos": "*"}
 
 MODULES: dict[str, str | dict[str, str]] = {
-    "": SURFACE,
+    "": {**SURFACE, "trainkit.lightning.checkpoints": "LightningCheckpointIO load_checkpoint"},
     "pytorch": {**SURFACE, **WARNINGS, "trainkit.lightning": "__version__"},
     "pytorch.accelerators": ACCELERATORS,
     "pytorch.accelerators.accelerator": ACCELERATORS,

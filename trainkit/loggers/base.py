@@ -38,6 +38,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from trainkit.errors import MisconfigurationException, WrongTypeException
 from trainkit.rank_zero import current_rank, rank_zero_only
+from trainkit.redaction import redacted
 
 T = TypeVar("T")
 
@@ -514,15 +515,18 @@ def append(path: Path, data: bytes, durable: bool = False) -> None:
 
 
 def as_mapping(params: Any) -> dict[str, Any]:
-    """Return hyper-parameters as a dict, given a mapping, a namespace, a dataclass or None for none."""
+    """Return hyper-parameters as a dict, given a mapping, a namespace, a dataclass or None for none.
+
+    What looks like a secret is "***" in it.
+    """
     if params is None:
         return {}
     if isinstance(params, Mapping):
-        return dict(params)
+        return dict(redacted(params))
     if isinstance(params, Namespace):
-        return vars(params).copy()
+        return dict(redacted(vars(params)))
     if is_dataclass(params) and not isinstance(params, type):
-        return {field.name: getattr(params, field.name) for field in fields(params)}
+        return dict(redacted({field.name: getattr(params, field.name) for field in fields(params)}))
     raise TypeError(f"log_hyperparams takes a mapping or a Namespace, not {params!r:.80} ({type(params).__name__}).")
 
 

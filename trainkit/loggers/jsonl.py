@@ -95,6 +95,10 @@ class JSONLinesLogger(FileLogger):
         if self._looked:
             append(self._path(), b"", durable=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy shares the directory, but the lines not yet written stay with the original, which will write them.
+        return self.__dict__ | {"_waiting": b""}
+
     def _rewind(self, step: int) -> None:
         self._looked = False
         self._rewind_to = step

@@ -339,8 +339,8 @@ class ModelCheckpoint(Checkpoint):
         self._running = True
         self._clock = time.monotonic()
         self._decided_step = trainer.global_step
-        buffers = saving.not_finite(dict(pl_module.named_buffers()))
-        self._never_finite = frozenset(buffers)
+        buffers = {name for name, _ in pl_module.named_buffers()}
+        self._never_finite = frozenset(buffers.intersection(saving.not_finite(saving.floating_state(pl_module))))
         tidy(self, trainer)  # what the process that wrote the checkpoint did not live to remove
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Module, outputs: Any, batch: Any, batch_idx: int) -> None:

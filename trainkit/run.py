@@ -20,7 +20,7 @@ from trainkit.checkpoint import changes, restore
 from trainkit.data.sources import Sources
 from trainkit.data.transfer import TRANSFER_HOOKS, transfer_of
 from trainkit.datamodule import DataModule
-from trainkit.errors import MisconfigurationException, SearchOver
+from trainkit.errors import MisconfigurationException, SearchOver, warn
 from trainkit.hooks import Hooks, announced, is_overridden
 from trainkit.hparams import HyperParameters, merged_hparams, tell_of_secrets
 from trainkit.metrics import Metrics, NoMetrics
@@ -227,7 +227,10 @@ def tear_down(trainer: Trainer, fn: TrainerFn, data: list[DataModule], status: s
             ongoing.add_note(f"teardown({stage!r}) failed too: {type(error).__name__}: {error}")
     trainer.sources.close()
     for logger in trainer.loggers:
-        logger.finalize(status)
+        try:
+            logger.finalize(status)
+        except OSError as error:  # a run that is over is not lost for its last rows
+            warn(f"the last rows were not logged: {error}.")
     trainer.checkpoint_io.teardown()
     trainer.accelerator.teardown()
     trainer.state.stage = None

@@ -551,8 +551,11 @@ class Trainer(Status):
                 row.setdefault("epoch", self.current_epoch)
             step = self.log_step if x is None else int(x)
         for logger in self.loggers:
-            logger.log_metrics(metrics=row, step=step)
-            logger.save()
+            try:
+                logger.log_metrics(metrics=row, step=step)
+                logger.save()
+            except OSError as error:  # a full disk must not cost the run; file loggers keep the rows and try again
+                warn(f"step {step} was not logged: {error}.")
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print, above the progress bar if there is one."""

@@ -294,11 +294,11 @@ def continue_loggers(trainer: Trainer, checkpoint: Mapping[str, Any], path: str 
     step = int(checkpoint.get("global_step", 0))
     row = (checkpoint.get("progress") or {}).get("window", step)
     written_from = checkpoint.get("run_dirs", ())
-    folder, beside = os.path.dirname(path), None
-    if not store.is_remote(path) and os.path.basename(folder) == "checkpoints":
-        beside = Path(folder).resolve().parent
+    beside = None
+    if not store.is_remote(path) and Path(path).parent.name == "checkpoints":
+        beside = Path(path).resolve().parent.parent
     try:
-        newest = store.newest(folder)
+        newest = store.newest(os.path.dirname(path) or ".")
     except CheckpointError:  # it was not trainkit that wrote them
         return
     if newest is None or store.step_of(newest) > step:

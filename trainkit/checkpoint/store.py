@@ -132,11 +132,15 @@ def newest(directory: StrPath) -> StrPath | None:
     for path in [os.path.join(named(directory), name) for name in checkpoints_in(directory)]:
         try:
             ranked.append((_rank(path), path))
+        except FileNotFoundError:
+            pass  # its run has removed it since
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
     for _, path in sorted(ranked, reverse=True):
         try:
             finite = _look(path, format.verify).finite
+        except FileNotFoundError:
+            continue
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
             continue

@@ -351,11 +351,11 @@ class FileLogger(Logger):
             os.makedirs(self.root_dir, exist_ok=True)
             while not self._settled:
                 try:
-                    os.mkdir(self._version_directory(Path(self.log_dir)))
+                    os.mkdir(self._version_directory(Path(self.log_dir)), 0o700)
                     self._settled = True
                 except FileExistsError:
                     self._version = max(self._next_version(), int(self.version) + 1)
-            os.makedirs(self.log_dir, exist_ok=True)
+            os.makedirs(self.log_dir, 0o700, exist_ok=True)
         self._made = True
 
     @contextmanager
@@ -479,12 +479,17 @@ def reason(error: OSError, directory: str) -> str:
     return error.strerror or str(error)
 
 
+def private(path: str, flags: int) -> int:
+    """Open a file for `open`; one that is made can be read by its owner only."""
+    return os.open(path, flags, 0o600)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a file that becomes `path` when the block ends well; until then and after an error `path` stays."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=private) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a power loss after the rename may leave an empty file
@@ -496,7 +501,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def append(path: Path, data: bytes, durable: bool = False) -> None:
     """Add `data` to the end of a file: all of it, or nothing when the disk is full; `durable` waits for the disk."""
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=private) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             written = 0

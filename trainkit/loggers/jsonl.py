@@ -36,6 +36,7 @@ class JSONLinesLogger(FileLogger):
 
     NAME_METRICS_FILE = "metrics.jsonl"
 
+    _waiting: bytes = b""  # lines that the disk did not take
     _looked = False  # whether the file was looked at: what a kill has left of a line is cut off
     _rewind_to: int | None = None
 
@@ -63,21 +64,40 @@ class JSONLinesLogger(FileLogger):
             return
         metrics, step = self._place(metrics, step)
         row = {"step": step, **{name: as_json(value) for name, value in flat_row(metrics, self._prefix).items()}}
-        line = json.dumps(row, allow_nan=False) + "\n"
+        self._waiting += (json.dumps(row, allow_nan=False) + "\n").encode()
+        self._write()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what the disk did not take before, if there is anything."""
+        if self._waiting:
+            self._write()
+
+    def _write(self) -> None:
         self._claim()
         path = self._path()
         try:
             if not self._looked:
                 self._tidy(path)
-            append(path, line.encode())
+            append(path, self._waiting)
         except OSError as error:
-            raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
+            count = self._waiting.count(b"\n")
+            raise OSError(
+                error.errno,
+                f"{path} could not be written: {error.strerror}. {count} rows are kept for the next attempt",
+            ) from error
+        self._waiting = b""
 
     @rank_zero_only
     def sync(self) -> None:
         """Have all rows on the disk, safe from a power loss as well; may take some milliseconds."""
+        self.save()
         if self._looked:
             append(self._path(), b"", durable=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy shares the directory, but the lines not yet written stay with the original, which will write them.
+        return self.__dict__ | {"_waiting": b""}
 
     def _rewind(self, step: int) -> None:
         self._looked = False

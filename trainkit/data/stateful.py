@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -101,6 +103,17 @@ class Begun:
                 self.sampler.load_state_dict(copy.deepcopy(state))
         self._begun = copy.deepcopy(self.sampler.state_dict())
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let somebody go through the running epoch from its beginning, and the sampler stand where it was after."""
+        now = copy.deepcopy(self.sampler.state_dict())
+        if self._begun is not None:
+            self.sampler.load_state_dict(copy.deepcopy(self._begun))
+        try:
+            yield
+        finally:
+            self.sampler.load_state_dict(now)
+
     def to_its_end(self, batches: Iterator[Any], given: int, claimed: float) -> Iterator[Any]:
         """Read an epoch to its end as a for loop would, so that the sampler knows that it is over."""
         for batch in batches:
@@ -172,7 +185,7 @@ def own_generator(thing: Any, path: str = "dataset", depth: int = 3) -> str | No
     numpys = numpy_random()
     if isinstance(thing, (torch.Generator, random.Random, numpys.Generator, numpys.RandomState)):
         return path
-    if depth == 0 or isinstance(thing, (torch.Tensor, str, bytes, type)):
+    if depth == 0 or isinstance(thing, (torch.Tensor, str, bytes, type, ModuleType)):
         return None
     if isinstance(thing, dict):
         inner = [(f"{path}[{key!r}]", value) for key, value in list(thing.items())[:20]]

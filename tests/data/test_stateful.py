@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from trainkit.data.loader import Loader
 from trainkit.data.stateful import own_generator
@@ -139,6 +139,10 @@ class Holds:
         (Holds(dataset=Holds(dataset=Walks())), "dataset.dataset.dataset.rng"),
         (Holds(data=torch.rand(3), names=["a"], size=3, module=np.random), None),
         (list(range(10)), None),
+        (
+            Subset(Holds(transform=Holds(transforms=[Holds(rng=np.random.default_rng())])), [0]),
+            "dataset.dataset.transform.transforms[0].rng",
+        ),
     ],
 )
 def test_a_generator_is_found_where_it_is_kept(thing: Any, path: str | None) -> None:

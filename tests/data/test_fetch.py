@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -233,13 +236,39 @@ def test_an_error_names_the_sample_its_position_and_its_epoch(workers: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("error", "workers"), [(StopIteration(), 0), (StopIteration(), 1), (SystemExit(3), 1), (KeyboardInterrupt(), 1)]
+    ("error", "workers"),
+    [
+        (StopIteration(), 0),
+        (StopIteration(), 1),
+        (GeneratorExit(), 0),
+        (SystemExit(3), 0),
+        (SystemExit(3), 1),
+        (KeyboardInterrupt(), 1),
+    ],
 )
 def test_an_epoch_never_ends_because_of_a_sample(error: BaseException, workers: int) -> None:
     batches = []
     with pytest.raises(RuntimeError, match=f"must not raise {type(error).__name__}.*\n.*index 23 failed"):
         batches.extend(batches_of(error, workers))
     assert len(batches) == 4  # the loader looks one ahead
+
+
+class Signalled(Fails):
+    def __getitem__(self, index: int) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return super().__getitem__(index)
+
+
+def test_a_signal_that_ends_the_process_while_a_sample_is_loaded_is_no_error_of_the_sample() -> None:
+    def leave(*_: Any) -> None:
+        sys.exit(77)
+
+    before = signal.signal(signal.SIGUSR1, leave)
+    try:
+        with pytest.raises(SystemExit, match="77"):
+            list(loader(Signalled(None), 4).epoch(0))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -12,6 +12,7 @@ import random
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -601,3 +602,66 @@ def test_no_warning_is_given_where_nothing_is_wrong() -> None:
         warnings.simplefilter("error")
         for make in LOADERS.values():
             taken(wrapped(make(10, 3, True)))
+
+
+# ---------------------------------------------------------------- a run that is taken up again
+class Noisy(Dataset[Any]):
+    """Draws from all three sources for each sample."""
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> Any:
+        noise = random.gauss(0, 1) + np.random.rand() + torch.rand(1)
+        return torch.tensor([float(index)]) / 30 + noise, torch.tensor([1.0])
+
+
+class Fits(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Dropout(0.2), torch.nn.Linear(4, 1))
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        parts = batch.values() if isinstance(batch, dict) else [batch]
+        losses = [(self.net(x) - y).square().mean() + 0.01 * random.random() for x, y in parts]
+        self.seen.append([self.trainer.current_epoch, batch_idx, *(loss.item() for loss in losses), np.random.rand()])
+        return sum(losses)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append(["validation", self.trainer.global_step, float(batch[0].sum())])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 0.01)
+
+
+def fitted(
+    path: Path, workers: int, max_steps: int = -1, resume: bool = False, several: bool = False, **settings: Any
+) -> Fits:
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    module = Fits()
+    kind = {"num_workers": workers, "persistent_workers": workers > 1, "shuffle": True}
+    loader: Any = DataLoader(Noisy(), 4, **kind)
+    if several:
+        loader = {"a": loader, "b": DataLoader(Noisy(), 7, **kind)}
+    trainer = trainer_of(max_epochs=3, max_steps=max_steps, val_check_interval=3, **settings)
+    last = str(path / "last.ckpt")
+    trainer.fit(
+        module, loader, DataLoader(Noisy(), 10, num_workers=min(workers, 1)), ckpt_path=last if resume else None
+    )
+    if max_steps > 0:
+        trainer.save_checkpoint(last)
+    return module
+
+
+@pytest.mark.parametrize("settings", [{}, {"several": True}, {"accumulate_grad_batches": 2}], ids=str)
+def test_a_run_that_is_taken_up_with_other_workers_is_the_same_to_the_last_bit(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = fitted(tmp_path, 0, **settings)
+    weights = [parameter.tolist() for parameter in whole.parameters()]
+    for stop, before, after in ((2, 0, 2), (5, 2, 0), (9, 1, 2)):
+        begun = fitted(tmp_path, before, stop, **settings)
+        ended = fitted(tmp_path, after, resume=True, **settings)
+        assert begun.seen + ended.seen == whole.seen
+        assert [parameter.tolist() for parameter in ended.parameters()] == weights

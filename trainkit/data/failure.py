@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import traceback
 from typing import Any
+
+from trainkit import signals
 
 HERE = os.path.dirname(__file__)
 ENDINGS = (StopIteration, GeneratorExit, SystemExit, KeyboardInterrupt)
@@ -41,6 +44,14 @@ def named(error: BaseException, where: str) -> BaseException:
         error.args = args
     error.add_note(where)  # an OSError, for example, says what its errno means
     return error
+
+
+def from_signal(error: BaseException) -> bool:
+    """Whether a signal's handler raised it, in the middle of whatever was going on."""
+    handlers = {signal.getsignal(number) for number in signal.valid_signals()}
+    codes = {getattr(handler, "__code__", None) for handler in handlers}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(frame.f_code in codes or frame.f_code.co_filename == signals.__file__ for frame in frames)
 
 
 class Failure:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch.utils.data import default_collate, default_convert, get_worker_info
 
-from trainkit.data.failure import Failure, named
+from trainkit.data.failure import Failure, from_signal, named
 from trainkit.data.order import Placed
 from trainkit.data.seeding import MASK, ODD, give_back, seed_all, sources, states
 from trainkit.data.served import takes_batches
@@ -93,7 +93,9 @@ class Fetch:
                 return Fetched(Failure(failed))
         try:
             return Fetched(self._batch(places, single, outside))
-        except (Exception, GeneratorExit) as error:  # SystemExit and KeyboardInterrupt may come from a signal
+        except (Exception, GeneratorExit, SystemExit) as error:
+            if isinstance(error, SystemExit) and from_signal(error):
+                raise
             failed = self._named(error, places)
             if failed is error:
                 raise

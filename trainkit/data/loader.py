@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -297,13 +298,17 @@ class Loader(Batches):
 
     def samples_of(self, epoch: int, batch_idx: int, lap: int = 0) -> list[Any] | None:
         """Return the indices of the samples in a batch; `lap`: how often the data were gone through in the epoch."""
-        return self.indexed.samples_of(epoch, batch_idx, lap) if self.indexed is not None else None
+        if self.indexed is None:
+            return None
+        with self.begun.aside() if self.begun is not None else nullcontext():
+            return self.indexed.samples_of(epoch, batch_idx, lap)
 
     def batch_at(self, epoch: int, batch_idx: int, lap: int = 0) -> Any:
         """Return one batch of an epoch; `lap`: how often the data were gone through before in it."""
         opened = self.indexed.alone() if self.indexed is not None else self
-        for batch in opened.open(epoch, batch_idx, lap):
-            return batch
+        with self.begun.aside() if self.begun is not None else nullcontext():
+            for batch in opened.open(epoch, batch_idx, lap):
+                return batch
         raise IndexError(f"{self.name} has no batch {batch_idx} in epoch {epoch}.")
 
     def _fast_forward(self, batches: Iterator[Any], start: int) -> Iterator[Any]:

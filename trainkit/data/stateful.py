@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -101,6 +104,17 @@ class Begun:
                 self.sampler.load_state_dict(copy.deepcopy(state))
         self._begun = copy.deepcopy(self.sampler.state_dict())
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let somebody go through the running epoch from its beginning, and the sampler stand where it was after."""
+        now = copy.deepcopy(self.sampler.state_dict())
+        if self._begun is not None:
+            self.sampler.load_state_dict(copy.deepcopy(self._begun))
+        try:
+            yield
+        finally:
+            self.sampler.load_state_dict(now)
+
     def to_its_end(self, batches: Iterator[Any], given: int, claimed: float) -> Iterator[Any]:
         """Read an epoch to its end as a for loop would, so that the sampler knows that it is over."""
         for batch in batches:
@@ -143,13 +157,13 @@ def tell_of_order(name: str, loader: DataLoader[Any]) -> None:
 def tell_of_draws(name: str, dataset: Any, workers: int, saved: bool) -> None:
     """Warn, once for a kind of data set, that a resumed run may draw other random numbers."""
     kind = type(dataset)
-    if kind in _told or saved:
+    if kind in _told or saved or isinstance(dataset, IterableDataset):  # a stream is told of when it is read again
         return
     where = own_generator(dataset)
     if has_state(dataset) and workers:
         what = f"{kind.__name__} has a state_dict, but its state lies in worker processes, where it is not saved"
         remedy = "use num_workers=0, or torchdata's StatefulDataLoader"
-    elif where is not None and not isinstance(dataset, IterableDataset):
+    elif where is not None:
         what = f"{kind.__name__} has a random generator of its own ({where}), whose state is not saved"
         remedy = (
             "draw from torch's, numpy's or python's default random functions, which are seeded for each sample; or "
@@ -161,27 +175,34 @@ def tell_of_draws(name: str, dataset: Any, workers: int, saved: bool) -> None:
     warn(f"what {name} gives after this resume may not be what it would have been: {what}. To make it so, {remedy}.")
 
 
-def own_generator(thing: Any, path: str = "dataset", depth: int = 3) -> str | None:
-    """Return where something keeps a random generator of its own, None if it seems to keep none.
+def own_generator(thing: Any, depth: int = 5, most: int = 2000) -> str | None:
+    """Return where a data set, or a transform in it, keeps a random generator; None if it seems to keep none.
 
     Args:
-        thing: a data set, a transform, a list or dict of them.
-        path: how it is called.
-        depth: how many attributes deep to look.
+        thing: the data set.
+        depth: how many attributes and containers deep to look.
+        most: how many things to look at.
     """
     numpys = numpy_random()
-    if isinstance(thing, (torch.Generator, random.Random, numpys.Generator, numpys.RandomState)):
-        return path
-    if depth == 0 or isinstance(thing, (torch.Tensor, str, bytes, type)):
-        return None
-    if isinstance(thing, dict):
-        inner = [(f"{path}[{key!r}]", value) for key, value in list(thing.items())[:20]]
-    elif isinstance(thing, (list, tuple)):
-        inner = [(f"{path}[{i}]", value) for i, value in enumerate(thing[:20])]
-    else:
-        inner = [(f"{path}.{name}", value) for name, value in getattr(thing, "__dict__", {}).items()]
-    for where, value in inner:
-        found = own_generator(value, where, depth - 1)
-        if found is not None:
-            return found
+    kinds = (torch.Generator, random.Random, numpys.Generator, numpys.RandomState)
+    waiting, seen = deque([("dataset", thing, 0)]), {id(thing)}
+    while waiting and len(seen) < most:
+        path, thing, deep = waiting.popleft()
+        if isinstance(thing, kinds):
+            return path
+        for where, value in _held(thing, path) if deep < depth else ():
+            if id(value) not in seen:
+                seen.add(id(value))
+                waiting.append((where, value, deep + 1))
     return None
+
+
+def _held(thing: Any, path: str) -> list[tuple[str, Any]]:
+    """Return what something is made of, with names."""
+    if isinstance(thing, (torch.Tensor, torch.nn.Module, str, bytes, type, ModuleType)):
+        return []
+    if isinstance(thing, dict):
+        return [(f"{path}[{key!r}]", value) for key, value in list(thing.items())[:20]]
+    if isinstance(thing, (list, tuple)):
+        return [(f"{path}[{place}]", value) for place, value in enumerate(thing[:20])]
+    return [(f"{path}.{name}", value) for name, value in getattr(thing, "__dict__", {}).items()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -51,7 +50,7 @@ class WorkerStart:
         info: Any = get_worker_info()
         if issubclass(type(info.dataset), Served):
             inner = object.__getattribute__(info.dataset, "_inner")
-            _utils.worker._worker_info = dataclasses.replace(info, dataset=inner)  # what the user's code asks for
+            object.__setattr__(info, "dataset", inner)  # which refuses plain assignment; it is what user code asks for
         if self.then is not None:
             self.then(worker)
 

@@ -136,6 +136,18 @@ def test_a_handler_of_the_users_own_for_sigterm_is_called_too_and_comes_back(
     assert signal.getsignal(signal.SIGTERM) is mine
 
 
+def test_a_handler_of_the_users_own_may_raise_and_the_next_signal_is_heard() -> None:
+    def mine(number: int, frame: Any) -> None:
+        raise KeyError("mine")
+
+    signal.signal(signal.SIGTERM, mine)
+    with Interruption().listening():
+        with pytest.raises(KeyError):
+            send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_other_signals_with_a_handler_of_the_users_own_are_left_to_it(
     own_handler: tuple[Any, list[int]], number: int

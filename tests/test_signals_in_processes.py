@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -89,8 +90,9 @@ class Child:
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
+                for stream in (sys.stdout, sys.stderr):
+                    with contextlib.suppress(OSError):
+                        stream.flush()
                 os._exit(code)
 
     def wait_for(self, text: str, path: Path) -> None:
@@ -170,6 +172,17 @@ def test_a_process_saves_says_how_to_go_on_and_ends_with_its_code(
     assert f'resume: trainer.fit(model, ckpt_path="{os.path.relpath(last)}")\n' in said
     assert " s after " in said.splitlines()[-1]
     assert "Traceback" not in said
+    assert result(fit(tmp_path, resume=True)) == whole
+
+
+def test_a_terminal_that_is_gone_does_not_keep_the_run_from_ending_well(tmp_path: Path, whole: list[Any]) -> None:
+    def run() -> None:
+        full = os.open("/dev/full", os.O_WRONLY)  # every write fails
+        os.dup2(full, 2)
+        fit(tmp_path, Tells("on_before_optimizer_step", count=5))
+
+    code, _, _ = ended_by(tmp_path, run, signal.SIGHUP)
+    assert code == 129
     assert result(fit(tmp_path, resume=True)) == whole
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -73,8 +74,9 @@ def tell(trainer: Trainer, exception: BaseException) -> None:
     if bar is None or not getattr(bar, "is_enabled", True):
         lines = [where_it_ended(trainer, exception), f"resume: {resume_call(trainer, short_path(newest))}"]
     lines += _reaction(trainer)
-    sys.stdout.flush()
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal is gone: that is what SIGHUP tells
+        sys.stdout.flush()
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def _reaction(trainer: Trainer) -> list[str]:

@@ -90,11 +90,13 @@ class Interruption:
             self._restore()
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         self.signal, self.noted_at, self._noting = number, time.monotonic(), True
-        handler = self._before.get(number)
-        if _is_users_own(handler):
-            handler(number, frame)
-        time.sleep(0.02)  # timeout(1) and others signal the process and then its group: that is one request, not two
-        self._noting = False
+        try:
+            handler = self._before.get(number)
+            if _is_users_own(handler):
+                handler(number, frame)
+            time.sleep(0.02)  # timeout(1) and others signal the process and then its group: one request, not two
+        finally:
+            self._noting = False
         if number in self.at_once:
             self.leave()
         self._tell(number)

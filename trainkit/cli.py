@@ -18,7 +18,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ commands:
   validate   run its validation data once
   test       run its test data once
   predict    run it on new data
+  certify    kill a training run at random, and prove that it goes on exactly
 
   trainkit COMMAND --help    the options of a command
   trainkit --version         the version
@@ -127,15 +128,16 @@ class CommandLine:
         return shlex.join([*program, self.command, *self.words])
 
 
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: Sequence[str] | None = None, prepare: Callable[[Trainer], None] | None = None) -> int:
     """Run the command line and return the exit code.
 
     Args:
         args: the words after `trainkit`; None takes those of the process.
+        prepare: is given the Trainer before it runs.
     """
     words = list(sys.argv[1:] if args is None else args)
     try:
-        code = _main(words)
+        code = _main(words, prepare)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # `trainkit ... | head`: nobody reads any more
@@ -147,7 +149,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _main(words: list[str]) -> int:
+def _main(words: list[str], prepare: Callable[[Trainer], None] | None) -> int:
     if not words:
         sys.stderr.write(HELP)
         return 2
@@ -158,6 +160,10 @@ def _main(words: list[str]) -> int:
         print(f"trainkit {__version__}")
         return 0
     try:
+        if words[0] == "certify":
+            from trainkit.testing import command
+
+            return command.main(words[1:])
         line = read(words)
     except UsageError as error:
         _tell(f"error: {error}", f"   = {error.hint}" if error.hint else "", _see(error.manual))
@@ -169,7 +175,7 @@ def _main(words: list[str]) -> int:
     warnings.formatwarning = _format_warning
     sys.path.insert(0, os.getcwd())  # the user's own modules
     try:
-        return _run(line)
+        return _run(line, prepare)
     finally:
         warnings.formatwarning, sys.path[:] = usual, path
 
@@ -242,12 +248,12 @@ def _example(name: str) -> str:
 
 
 # ---------------------------------------------------------------- a run
-def _run(line: CommandLine) -> int:
+def _run(line: CommandLine, prepare: Callable[[Trainer], None] | None) -> int:
     from trainkit.config.build import UserCodeError
     from trainkit.config.problems import ConfigError
 
     try:
-        return _run_checked(line)
+        return _run_checked(line, prepare)
     except ConfigError as error:
         _tell(str(error), f"{error.summary}nothing was started; {_see(line.manual)}")
         return 2
@@ -256,7 +262,7 @@ def _run(line: CommandLine) -> int:
         return 1
 
 
-def _run_checked(line: CommandLine) -> int:
+def _run_checked(line: CommandLine, prepare: Callable[[Trainer], None] | None = None) -> int:
     from trainkit.config import build, explain, manual, parser, record, signatures, tree
     from trainkit.config.problems import ConfigError
     from trainkit.random import seed_everything
@@ -284,6 +290,8 @@ def _run_checked(line: CommandLine) -> int:
     recorder = record.RecordConfig(parser.resolved(configured, config), f"trainkit {__version__}: {line.again}")
     trainer = build.make_trainer(configured, config, asked, [recorder])
     trainer.command = line.again
+    if prepare is not None:
+        prepare(trainer)
     module, data = build.make_module(configured, config, asked, line.command)
     return _start(line, trainer, module, data, config, recorder)
 

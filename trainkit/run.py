@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit import components, resume_hint
-from trainkit.checkpoint import restore
+from trainkit.checkpoint import changes, restore
 from trainkit.data.sources import Sources
 from trainkit.data.transfer import TRANSFER_HOOKS, transfer_of
 from trainkit.datamodule import DataModule
@@ -166,6 +166,7 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
         trainer.transfer = trainer.actions.wrap(name, trainer.transfer)
     if fitting:
         configure_optimizers(trainer)
+        trainer.made_of = changes.made_of(trainer)  # as the user's code made it: callbacks may change it from here on
     trainer.precision_plugin.attach(trainer.optimizers if fitting else [], trainer.device)
     if fitting:
         hooks.on_fit_start()  # from here on the loops can be called, as those who search a setting do

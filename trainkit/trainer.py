@@ -186,6 +186,12 @@ class Trainer(Status):
         self.sources = Sources(self, {})
         self.checkpoint: dict[str, Any] | None = None
         """The contents of the checkpoint that this run begins from."""
+        self.ckpt_strict = True
+        """Whether a checkpoint must be of a run that saw the same samples in the same order."""
+        self.made_of: dict[str, Any] = {}
+        """What the last fit began with, as its checkpoints say it."""
+        self.weights_before: dict[str, Any] | None = None
+        """Those of the module before a checkpoint's, until all of that one fits."""
         self.predictions: list[Any] = []
         self._given_ckpt_path: str | os.PathLike[str] | None = None
         self._since_validation = Clock()
@@ -199,6 +205,7 @@ class Trainer(Status):
         datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
+        ckpt_strict: bool = True,
     ) -> None:
         """Train.
 
@@ -209,11 +216,14 @@ class Trainer(Status):
             datamodule: instead of loaders.
             ckpt_path: go on from this file, from "last" (the newest checkpoint of the newest run) or "best".
             weights_only: kept for Lightning's signature; nothing in a file is ever executed.
+            ckpt_strict: refuse a checkpoint whose run saw other samples or another order of them: another length of the
+                data set, batch size or sampler. False goes on with a warning. Other differences are always warnings.
 
         Raises:
             MisconfigurationException: something in the module, the data or the settings can't work.
             CheckpointError: the checkpoint is missing, damaged or does not fit.
         """
+        self.ckpt_strict = ckpt_strict
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         anomalies = torch.autograd.set_detect_anomaly(True) if self.detect_anomaly else nullcontext()
         ckpt_path = slurm.noted_checkpoint(self) or self._named_checkpoint(ckpt_path)
@@ -221,8 +231,9 @@ class Trainer(Status):
         with slurm.queued_again(self), self.interruption.listening(at_once=STOPS), run, anomalies:
             self._sanity_check()
             self._load_data()
+            ended = self.done and self.checkpoint is None  # one that was killed at its end has yet to be told of it
             self.interruption.at_once = ()  # from here on there is something to finish and to save
-            if not self.done and self.num_training_batches > 0:
+            if not ended and self.num_training_batches > 0:
                 loop.fit(self)
                 self.settle()
             self.leave_if_interrupted()  # a signal before the first batch or after the last save
@@ -422,7 +433,7 @@ class Trainer(Status):
             return
         self.checkpoint, self.resume_path = self.checkpoint_io.load_checkpoint(path), str(path)
         if stage == "fit":
-            restore.continue_loggers(self.loggers, path, int(self.checkpoint.get("global_step", 0)))
+            restore.continue_loggers(self, self.checkpoint, path)
 
     def _named_checkpoint(self, ckpt_path: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
         """Return the checkpoint that a call names, or the one `trainer.ckpt_path` was set to, which a call ends."""

@@ -9,6 +9,7 @@ from trainkit.callbacks import LambdaCallback, ModelCheckpoint
 from trainkit.callbacks.lambda_function import HOOKS
 
 
+@pytest.mark.filterwarnings("ignore:[\\s\\S]*set up differently")  # as another class
 def test_each_function_is_called_as_the_hook_of_a_callback_is(TinyModule: Any, TinyData: Any) -> None:
     called: dict[str, tuple[Any, ...]] = {}
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from trainkit.checkpoint import lightning, store
+from trainkit.checkpoint import changes, lightning, store
 from trainkit.errors import (
     CheckpointError,
     IncompleteCheckpointError,
@@ -21,12 +23,11 @@ from trainkit.errors import (
     warn,
 )
 from trainkit.hparams import namespaces_of, plain_hparams
-from trainkit.loggers.base import runs_directory
+from trainkit.loggers.base import run_directory, runs_directory
 from trainkit.stages import TrainerFn
 from trainkit.state import ByKey, resume_state
 
 if TYPE_CHECKING:
-    from trainkit.loggers import Logger
     from trainkit.trainer import Trainer
 
 
@@ -52,6 +53,11 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         checkpoint["callbacks"] = ByKey(trainer.callbacks).state_dict()
         for key, part in resume_state(trainer).items():
             checkpoint[key] = part.state_dict()
+        checkpoint["run_dirs"] = [
+            os.path.realpath(run_directory(logger, trainer.default_root_dir)) if logger.root_dir else None
+            for logger in trainer.loggers
+        ]
+        checkpoint["made_of"] = {**trainer.made_of, "data": changes.data_of(trainer)}
     if module.hparams:
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_NAME] = module.hparams_name
         checkpoint[module.CHECKPOINT_HYPER_PARAMS_KEY] = plain_hparams(module.hparams)
@@ -80,7 +86,9 @@ def restore_weights(trainer: Trainer, checkpoint: dict[str, Any], path: Path) ->
             f"Start a new run from its weights: {type(module).__name__}.load_from_checkpoint({str(path)!r})."
         )
     module.on_load_checkpoint(checkpoint)
-    load_weights(module, checkpoint, path, module.strict_loading)
+    if fitting:  # given back when the rest of the checkpoint does not fit
+        trainer.weights_before = copied(module.state_dict())
+    load_weights(module, checkpoint, path, module.strict_loading, same_dtypes=fitting and module.strict_loading)
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
     if fitting:
@@ -90,7 +98,21 @@ def restore_weights(trainer: Trainer, checkpoint: dict[str, Any], path: Path) ->
 
 
 def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
-    """Load everything else that a resumed run needs, when optimizers and loaders are there."""
+    """Load everything else that a resumed run needs, when optimizers and loaders are there.
+
+    Raises:
+        CheckpointError: it does not fit this run; the module has the weights back that it had before.
+    """
+    try:
+        _restore_run(trainer, checkpoint, path)
+    except (CheckpointError, MisconfigurationException):
+        trainer.module.load_state_dict(trainer.weights_before or {}, strict=False)
+        raise
+    finally:
+        trainer.weights_before = None
+
+
+def _restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
     parts = resume_state(trainer)
     if lightning.is_foreign(checkpoint) and "optimizer_states" in checkpoint:
         checkpoint = lightning.parts_of(checkpoint, path)
@@ -99,6 +121,8 @@ def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> Non
     if missing:
         raise IncompleteCheckpointError(f"{path} lacks {', '.join(missing)}: a run can't be resumed from it.")
     _check_optimizers(trainer.optimizers, checkpoint["optimizer_states"], path)
+    changes.check_groups(trainer, checkpoint, path)
+    changes.check(trainer, checkpoint, path, trainer.ckpt_strict)
     for key, part in parts.items():
         try:
             part.load_state_dict(checkpoint[key])
@@ -106,6 +130,14 @@ def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> Non
             raise CheckpointError(f"{path} does not fit this run: {error}") from None
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path} does not fit this run: its {key}: {error}.") from error
+    for optimizer in trainer.optimizers:
+        if optimizer.state:  # or schedules would warn that they moved before it, which happened in another process
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+    if trainer.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        warn(
+            "the run goes on from its checkpoint, but not to the last bit: some of cuda's kernels add up in any order. "
+            "Trainer(deterministic=True) uses those that do not."
+        )
     done, limit = trainer.progress.epoch, trainer.max_epochs
     if limit is not None and 0 <= limit < done:
         raise MisconfigurationException(
@@ -115,10 +147,23 @@ def restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> Non
 
 
 def _check_optimizers(optimizers: list[Optimizer], saved: list[dict[str, Any]], path: Path) -> None:
-    """Refuse an optimizer of another kind: torch would take its settings over, and fail in the first step."""
+    """Refuse optimizers that differ in number, kind or groups, before the first of them is changed.
+
+    Of another kind torch would take the settings over, and fail in the first step.
+    """
     if len(optimizers) != len(saved):
-        return  # `Each` says so
+        raise CheckpointError(
+            f"{path} does not fit this run: the checkpoint has {len(saved)} optimizers, configure_optimizers returned "
+            f"{len(optimizers)}."
+        )
     for optimizer, state in zip(optimizers, saved, strict=True):
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        there_sizes = [len(group["params"]) for group in state["param_groups"]]
+        if sizes != there_sizes:
+            raise CheckpointError(
+                f"{path} does not fit this run: the parameter groups of {type(optimizer).__name__} have {sizes} "
+                f"parameters, those of the checkpoint {there_sizes}."
+            )
         own = {key for group in optimizer.param_groups for key in group}
         there = {key for group in state["param_groups"] for key in group}
         missing = sorted(own - there - {"initial_lr"})
@@ -129,8 +174,17 @@ def _check_optimizers(optimizers: list[Optimizer], saved: list[dict[str, Any]], 
             )
 
 
-def load_weights(module: nn.Module, checkpoint: Mapping[str, Any], path: object, strict: bool) -> None:
-    """Load a checkpoint's weights, comparing names and shapes before anything is changed.
+def load_weights(
+    module: nn.Module, checkpoint: Mapping[str, Any], path: object, strict: bool, same_dtypes: bool = False
+) -> None:
+    """Load a checkpoint's weights, comparing names, shapes and dtypes before anything is changed.
+
+    Args:
+        module: where to.
+        checkpoint: has them under "state_dict".
+        path: its name in messages.
+        strict: refuse names that only one of the two has.
+        same_dtypes: refuse other dtypes; else values are converted, as torch does.
 
     Raises:
         CheckpointError: they do not fit; the message names the keys.
@@ -155,9 +209,28 @@ def load_weights(module: nn.Module, checkpoint: Mapping[str, Any], path: object,
             and own[key].shape != saved[key].shape
         ],
     )
+    if same_dtypes:
+        problems += _listed(
+            "the dtypes differ",
+            [
+                f"{key} (module {own[key].dtype}, checkpoint {saved[key].dtype})"
+                for key in own
+                if isinstance(own[key], Tensor) and isinstance(saved.get(key), Tensor)
+                if not is_lazy(own[key]) and own[key].dtype != saved[key].dtype
+            ],
+        )
     if problems:
         raise CheckpointError(f"{path} does not fit {type(module).__name__}:\n" + "\n".join(problems))
     module.load_state_dict(saved, strict=strict)
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a module's state; parameters that have no shape yet are left out."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in state.items()
+        if not is_lazy(value)
+    }
 
 
 def _listed(what: str, keys: list[str], most: int = 10) -> list[str]:
@@ -210,20 +283,26 @@ def _best_of_newest_run(trainer: Trainer) -> str:
     return str(best) if best.is_file() else ""
 
 
-def continue_loggers(loggers: Iterable[Logger], path: Path, step: int) -> None:
-    """Let loggers go on in the run directory that a checkpoint lies in, if it is that run's newest one.
+def continue_loggers(trainer: Trainer, checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Let loggers go on in the run directory that a checkpoint is of, if it is that run's newest one.
 
-    From an older one a branch begins, which gets a directory of its own: what came after it stays untouched.
+    That is the directory it lies in, wherever that was moved; else the one it was written from. From an older
+    checkpoint a branch begins, which gets a directory of its own: what came after it stays untouched.
     """
-    if path.parent.name != "checkpoints":
-        return
-    run = path.resolve().parent.parent
+    step = int(checkpoint.get("global_step", 0))
+    row = (checkpoint.get("progress") or {}).get("window", step)
+    written_from = checkpoint.get("run_dirs", ())
+    beside = path.resolve().parent.parent if path.parent.name == "checkpoints" else None
     newest = store.newest(path.parent)
     if newest is None or store.step_of(newest) > step:
         return
-    for logger in loggers:
-        if logger.root_dir and Path(logger.root_dir).resolve() == run.parent:
-            logger.continue_run(run, step)
+    for index, logger in enumerate(trainer.loggers):
+        root = Path(logger.root_dir).resolve() if logger.root_dir else None
+        run = beside
+        if beside is None or beside.parent != root:
+            run = Path(written_from[index]) if index < len(written_from) and written_from[index] else None
+        if run is not None and run.parent == root and run.is_dir():
+            logger.continue_run(run, row)
 
 
 def find_last(trainer: Trainer) -> Path | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from trainkit.data.loader import Loader
 from trainkit.data.stateful import own_generator
@@ -74,6 +74,41 @@ def stopped(loader: Loader, epoch: int, at: int) -> Any:
     for _ in range(at):
         next(opened)
     return copy.deepcopy(loader.state_dict())
+
+
+class Turns(Sampler[int]):
+    """Begins one further each time."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+    def __len__(self) -> int:
+        return 22
+
+    def __iter__(self) -> Iterator[int]:
+        self.turn += 1
+        return iter([(index + self.turn) % 22 for index in range(22)])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"turn": self.turn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.turn = state["turn"]
+
+
+def test_a_data_set_and_its_sampler_may_both_have_a_state() -> None:
+    def loader() -> Loader:
+        return wrapped(WalksOn(), sampler=Turns())
+
+    whole = loader()
+    epochs = [texts(whole, epoch) for epoch in range(3)]
+    resumed = loader()
+    assert texts(resumed, 0) == epochs[0]
+    state = stopped(resumed, 1, 2)
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert texts(resumed, 1, 2) == epochs[1][2:]
+    assert texts(resumed, 2) == epochs[2]
 
 
 @pytest.mark.parametrize("kind", [Stream, WalksOn])

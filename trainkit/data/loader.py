@@ -221,15 +221,15 @@ class Loader(Batches):
             self._tell_what_is_not_exact()
         if self.begun is not None:
             self.begun.begin(inside)
-            batches = self._opened(epoch, start, lap)
-            return self.begun.to_its_end(batches, start, self.claimed)
         if self.remembered is not None:
             begin = partial(self._opened, epoch, start, lap)
-            return self.remembered.open(begin, start, inside, self.claimed)
-        return self._opened(epoch, start, lap)
+            batches = self.remembered.open(begin, start, inside, self.claimed)
+        else:
+            batches = self._opened(epoch, start, lap)
+        return batches if self.begun is None else self.begun.to_its_end(batches, start, self.claimed)
 
     def _opened(self, epoch: int, start: int, lap: int, stands: bool = False) -> Iterator[Any]:
-        """Return an iterator that begins with a batch; `stands`: what is not data with indices stands there already."""
+        """Return an iterator that begins with a batch; `stands`: a source with a state stands there already."""
         if self.indexed is not None:
             batches = self.indexed.open(epoch, start, lap)
             if self.indexed.standard:

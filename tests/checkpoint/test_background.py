@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -76,3 +77,19 @@ def test_a_process_that_ends_waits_for_what_is_under_way(checkout: Path, tmp_pat
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
     assert (tmp_path / "there").exists()
+
+
+def test_an_interrupt_while_waiting_leaves_it_under_way() -> None:
+    background, told = Background(), []
+    go_on = threading.Event()
+    background.submit(lambda: go_on.wait(60), lambda result, error: told.append(result))
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        background.settle()
+    timer.join()
+    assert background.busy
+    assert not background.finished
+    go_on.set()
+    background.settle()
+    assert told == [True]

@@ -21,7 +21,7 @@ class Background:
     """What is done in another thread, one thing at a time."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._over: threading.Event | None = None  # not Thread.join: a Ctrl-C in there makes it forget the thread
         self._done: Done | None = None
         self._result: Any = None
         self._error: BaseException | None = None
@@ -29,12 +29,12 @@ class Background:
     @property
     def busy(self) -> bool:
         """Whether something was begun that is not settled yet."""
-        return self._thread is not None
+        return self._over is not None
 
     @property
     def finished(self) -> bool:
         """Whether something is over and can be settled without waiting."""
-        return self._thread is not None and not self._thread.is_alive()
+        return self._over is not None and self._over.is_set()
 
     def submit(self, work: Callable[[], Any], done: Done) -> None:
         """Begin something, after what was begun before is settled.
@@ -45,21 +45,22 @@ class Background:
         """
         self.settle()
         self._result = self._error = None
-        self._done = done
-        self._thread = threading.Thread(target=self._run, args=(work,), name="trainkit-checkpoint", daemon=False)
-        self._thread.start()
+        self._done, self._over = done, threading.Event()
+        threading.Thread(target=self._run, args=(work, self._over), name="trainkit-checkpoint", daemon=False).start()
 
     def settle(self) -> None:
         """Wait for what was begun, if anything was, and tell what came of it. An interrupt leaves it as it is."""
-        if self._thread is None or self._done is None:
+        if self._over is None or self._done is None:
             return
-        self._thread.join()
+        self._over.wait()
         done, result, error = self._done, self._result, self._error
-        self._thread = self._done = self._result = self._error = None
+        self._over = self._done = self._result = self._error = None
         done(result, error)
 
-    def _run(self, work: Callable[[], Any]) -> None:
+    def _run(self, work: Callable[[], Any], over: threading.Event) -> None:
         try:
             self._result = work()
         except BaseException as error:  # told by settle
             self._error = error
+        finally:
+            over.set()

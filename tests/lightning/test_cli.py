@@ -531,6 +531,16 @@ def test_a_checkpoint_that_names_a_class_nobody_imported_is_refused() -> None:
     assert "antigravity" not in sys.modules
 
 
+def test_a_checkpoint_that_names_a_function_is_refused_on_the_command_line() -> None:
+    cli("fit", "--model.encoder=models.Encoder", *SHORT, model=Encoding).trainer.save_checkpoint("it.ckpt")
+    checkpoint, evil = store.load("it.ckpt"), {"class_path": "os.mkdir", "init_args": {"path": "made"}}
+    for more in ({}, {"_class_path": "models.Encoding"}):
+        store.save("it.ckpt", {**checkpoint, "hyper_parameters": {"encoder": evil, **more}})
+        with pytest.raises(ValueError, match="a file may not choose the code that is run"):
+            cli("test", "--ckpt_path=it.ckpt", "--model.encoder=models.Encoder", *QUIET, model=Encoding)
+    assert not os.path.exists("made")
+
+
 @pytest.mark.parametrize("name", ["SimpleProfiler", "AdvancedProfiler", "PyTorchProfiler"])
 def test_a_profiler_is_named_by_the_options(name: str) -> None:
     assert type(made(f"--trainer.profiler={name}").trainer.profiler).__name__ == name

@@ -7,15 +7,14 @@ that the program has imported already; that goes for the classes inside a Lightn
 from __future__ import annotations
 
 import inspect
-import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from os import PathLike
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 
-from trainkit.checkpoint import format, store
+from trainkit.checkpoint import code_names, format, store
 from trainkit.checkpoint.hparams_files import load_hparams
 from trainkit.checkpoint.restore import load_weights
 from trainkit.errors import warn
@@ -127,7 +126,7 @@ def _construct(cls: type, saved: dict[str, Any], name: str | None, overrides: di
                 f"{source} wants to be made by {instantiator!r}, and a file may not choose the code that is run. "
                 f"Make the object yourself: {cls.__name__}(...), then load_state_dict."
             )
-        return instantiate_module(cls, {**saved, **overrides, "_instantiator": instantiator})
+        return instantiate_module(cls, {**saved, **overrides, "_instantiator": instantiator}, trusted=overrides)
     saved.pop("_class_path", None)
     parameters = dict(list(inspect.signature(cls.__init__).parameters.items())[1:])  # type: ignore[misc]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -156,30 +155,30 @@ def _construct(cls: type, saved: dict[str, Any], name: str | None, overrides: di
     return cls(*(arguments.pop(key) for key in first), **arguments)
 
 
-def instantiate_module(class_type: type, config: dict[str, Any]) -> Any:
+def instantiate_module(class_type: type, config: dict[str, Any], trusted: Collection[str] = ()) -> Any:
     """Make an object of the arguments a LightningCLI had for it, those inside that are objects included.
 
     Args:
         class_type: its class, or a base class of it.
         config: the arguments; "_class_path" names the class, if it is a subclass.
+        trusted: names of arguments that the program gave, and no file.
 
     Raises:
-        ValueError: a class named in it has not been imported by the program, or is not a subclass.
+        ValueError: a class named in it has not been imported by the program, or is not a subclass; or something in it
+            would choose code, see `code_names`.
     """
     import jsonargparse
 
     arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-    for class_path in _class_paths(arguments):
-        _imported(class_path)
+    cls = imported_subclass(config["_class_path"], class_type) if "_class_path" in config else class_type
+    code_names.check(cls, arguments, but=trusted)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     spec: dict[str, Any] = arguments
-    cls = class_type
     if "_class_path" in config:
-        cls = imported_subclass(config["_class_path"], class_type)
         parser.add_subclass_arguments(class_type, "module", fail_untyped=False)
         spec = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "dict_kwargs": arguments}
     else:
-        parser.add_class_arguments(class_type, "module", fail_untyped=False, sub_configs=True)
+        parser.add_class_arguments(class_type, "module", fail_untyped=False)
     with given_hyperparameters(cls, config):  # what they were the first time: values, where `__init__` gets objects
         return parser.instantiate(parser.parse_object({"module": spec})).module
 
@@ -190,36 +189,13 @@ def imported_subclass(class_path: Any, base: type) -> type:
     Raises:
         ValueError: it has not been imported, or it is something else.
     """
-    found = _imported(class_path)
+    found = code_names.imported(class_path)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ValueError(
             f"the checkpoint names the class {class_path!r}, which is not a subclass of {base.__name__}: "
             "call load_from_checkpoint on the class that was saved."
         )
     return found
-
-
-def _imported(class_path: Any) -> Any:
-    module, _, name = str(class_path).rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    if found is None:
-        raise ValueError(
-            f"the checkpoint names the class {class_path!r}, which this program has not imported, and a file may not "
-            f"choose what is. If you trust it: import {module or class_path} first."
-        )
-    return found
-
-
-def _class_paths(value: Any) -> Iterator[str]:
-    """Yield every class that is named inside hyperparameters."""
-    if isinstance(value, Mapping):
-        if "class_path" in value:
-            yield str(value["class_path"])
-        for inner in value.values():
-            yield from _class_paths(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _class_paths(inner)
 
 
 # ---------------------------------------------------------------------- weights

@@ -23,7 +23,7 @@ import trainkit.profiler.advanced
 import trainkit.profiler.pytorch
 import trainkit.profiler.simple  # a config may name these classes by their short names
 from trainkit import Callback, DataModule, Module, Trainer, seed_everything
-from trainkit.checkpoint import store
+from trainkit.checkpoint import code_names, store
 from trainkit.checkpoint.rebuild import imported_subclass
 from trainkit.checkpoint.rebuild import instantiate_module as instantiate_module
 from trainkit.errors import MisconfigurationException, warn
@@ -308,8 +308,11 @@ class LightningCLI:
             return
         if "_class_path" in hparams:
             class_path = hparams.pop("_class_path")
-            imported_subclass(class_path, module_type(self.model_class or Module))
+            cls = imported_subclass(class_path, module_type(self.model_class or Module))
+            code_names.check(cls, hparams)
             hparams = {"class_path": class_path, "dict_kwargs": hparams}
+        else:
+            code_names.check(self.model_class or Module, hparams)
         try:
             self.config = self.parser.parse_object({subcommand: {"model": hparams}}, self.config)
         except SystemExit:

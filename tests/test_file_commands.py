@@ -70,7 +70,7 @@ def test_inspect_says_which_record_is_damaged_and_still_shows_the_rest(
         (".", "it can't be read: is a directory"),
         (str(THEIRS / "middle.ckpt"), "One that Lightning or torch.save wrote is made into one by: trainkit convert"),
         (__file__, "it is not a checkpoint of trainkit"),
-        ("/dev/null", "it is empty"),
+        ("/dev/null", "it is refused: it is a pipe or a device, not a file"),
     ],
 )
 def test_inspect_says_what_else_a_file_may_be(path: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:

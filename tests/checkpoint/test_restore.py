@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from trainkit import Trainer
 from trainkit.callbacks import LambdaCallback, ModelCheckpoint
+from trainkit.checkpoint.restore import load_weights
+from trainkit.errors import CheckpointError
 from trainkit.loggers import CSVLogger
 
 
@@ -65,3 +69,13 @@ def test_a_run_that_was_killed_after_its_last_save_is_told_of_its_end(
         trainer.callbacks.append(told)
         trainer.fit(TinyModule(), datamodule=TinyData())
     assert called == (["start", "end"] if resumed else [])
+
+
+def test_a_weight_that_is_no_tensor_is_refused_before_any_weight_is_changed(tmp_path: Path) -> None:
+    module = nn.Linear(2, 1)
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    weights = {"weight": torch.ones(1, 2), "bias": "not a tensor"}
+    for saved in (weights, "not a dict"):
+        with pytest.raises(CheckpointError, match=r"bias \(str\)|is a str"):
+            load_weights(module, {"state_dict": saved}, "it.ckpt", strict=False)
+    assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())

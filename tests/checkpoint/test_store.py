@@ -167,3 +167,22 @@ def test_weights_that_are_not_finite_are_the_newest_only_if_there_is_nothing_bet
     with pytest.warns(UserWarning, match=r"the weights in .*[34]\.ckpt are not finite\. .*2\.ckpt is used") as told:
         assert store.newest(tmp_path) == tmp_path / "2.ckpt"
     assert len(told) == 2
+
+
+def test_a_pipe_or_a_device_under_a_checkpoints_name_is_refused_at_once(tmp_path: Path) -> None:
+    store.save(tmp_path / "good.ckpt", {"epoch": 0, "global_step": 1, "optimizer_states": [], "state_dict": {}})
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    (tmp_path / "zero.ckpt").symlink_to("/dev/zero")
+    for name in ("pipe.ckpt", "zero.ckpt"):
+        with pytest.raises(CheckpointError, match="a pipe or a device, not a file"):
+            store.load(tmp_path / name)
+    with pytest.warns(UserWarning, match="a pipe or a device, not a file"):
+        assert store.newest(tmp_path) == tmp_path / "good.ckpt"
+    assert (tmp_path / "pipe.ckpt").is_fifo()
+
+
+def test_a_progress_that_is_none_is_no_reason_to_look_no_further(tmp_path: Path) -> None:
+    state = {"epoch": 0, "global_step": 1, "optimizer_states": [], "state_dict": {}}
+    store.save(tmp_path / "a.ckpt", {**state, "progress": "x"})
+    store.save(tmp_path / "b.ckpt", {**state, "global_step": 2})
+    assert store.newest(tmp_path) == tmp_path / "b.ckpt"

@@ -18,6 +18,7 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -120,6 +121,23 @@ def link_or_copy(source: StrPath, path: StrPath, symbolic: bool = False, replace
         raise _not_written(target, error) from error
     discard(temporary)  # a rename between two names of one file does nothing
     _sync_name(target, replace)
+
+
+def open_to_read(path: StrPath) -> BinaryIO:
+    """Open a file, unbuffered; what is under its name and is no file, as a pipe that nobody writes to, is refused.
+
+    Raises:
+        CheckpointError: it is a pipe, a device or a socket.
+        OSError: it can't be opened, or is a directory.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would wait for a writer
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        raise CheckpointError(f"{os.fspath(path)} is refused: it is a pipe or a device, not a file.")
+    return cast(BinaryIO, open(descriptor, "rb", buffering=0))
 
 
 def remove(path: StrPath) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainkit.checkpoint import archive
+from trainkit.checkpoint import archive, disk
 from trainkit.errors import CheckpointError
 
 _CHUNK = 1 << 20
@@ -40,7 +40,7 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
     Raises:
         OSError: it can't be read.
     """
-    with open(path, "rb") as file:
+    with disk.open_to_read(path) as file:
         return archive.is_ours(file)
 
 
@@ -57,6 +57,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     name = os.fspath(path)
     if "://" in name:
         raise CheckpointError(f"{name} is not read from the network. Download the file, look at it, and name it here.")
+    disk.open_to_read(name).close()  # what is no file is refused
     _check_records(name)
     try:
         with open(name, "rb") as file, harmless_classes():  # an open file: torch reads some names in other ways

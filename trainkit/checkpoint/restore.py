@@ -194,8 +194,17 @@ def load_weights(
     if "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} has no 'state_dict'; it has: {', '.join(map(str, checkpoint)) or 'nothing'}.")
     saved: Mapping[str, Any] = checkpoint["state_dict"]
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(f"{path} has no weights: its 'state_dict' is a {type(saved).__name__}.")
     own = module.state_dict()
-    problems = []
+    problems = _listed(
+        "the module has a tensor, the checkpoint something else",
+        [
+            f"{key} ({type(saved[key]).__name__})"
+            for key in own
+            if key in saved and isinstance(own[key], Tensor) and not isinstance(saved[key], Tensor)
+        ],
+    )
     if strict:
         problems += _listed("the module has, the checkpoint has not", [key for key in own if key not in saved])
         problems += _listed("the checkpoint has, the module has not", [key for key in saved if key not in own])

@@ -179,7 +179,8 @@ def step_of(path: StrPath) -> int:
 def _rank(path: str) -> tuple[int, ...]:
     """Order checkpoints by what they say inside: those that can be resumed first, then by training done."""
     state = head(path).state
-    progress = state.get("progress") or {}
+    progress = state.get("progress")
+    progress = progress if isinstance(progress, dict) else {}
     numbers = [
         state.get("global_step"),
         progress.get("total_batch", 0),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from trainkit.checkpoint import archive
+from trainkit.checkpoint import archive, disk
 from trainkit.checkpoint.archive import Damaged, NotOurs, Record
 from trainkit.errors import CheckpointError
 
@@ -84,7 +84,7 @@ def opened(source: Source) -> Iterator[tuple[BinaryIO, str]]:
     """Open a file, or take an open one, with its name for messages; what is wrong with it becomes a CheckpointError."""
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
-        with open(name, "rb", buffering=0) as file, _explained(name):
+        with disk.open_to_read(name) as file, _explained(name):
             yield file, name
         return
     if not hasattr(source, "readinto") or not source.seekable():

@@ -164,8 +164,8 @@ def load_into(module: nn.Module, path: StrPath, strict: bool) -> None:
 
 def _header(name: str) -> dict[str, Any]:
     """Return a file's header after checking that it can be one; nothing else has been read."""
-    size = os.path.getsize(name)
-    with open(name, "rb") as file:
+    with disk.open_to_read(name) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 10 or length > size - 8:
             raise CheckpointError(f"{name} is not a safetensors file, or is cut off.")

@@ -158,6 +158,13 @@ class Remembering(DataModule):
         self.asked = state_dict["asked"] - 1  # the loader of the running epoch is asked for again
 
 
+class Growing(DataModule):
+    """A data module whose samples depend on the epoch in which it is asked for them."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Samples(8 + 2 * self.trainer.current_epoch), batch_size=2, shuffle=True)
+
+
 class Rows(Logger):
     """Keep the rows."""
 
@@ -256,6 +263,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "loaders asked for again": {"reload_dataloaders_every_n_epochs": 1},
     "a sampler of torch's that draws": {"data": weighted},
     "a data module with state": {"data": Remembering, "reload_dataloaders_every_n_epochs": 1},
+    "data that grow with the epoch": {"data": Growing, "reload_dataloaders_every_n_epochs": 1},
+    "data that grow every second epoch": {"data": Growing, "reload_dataloaders_every_n_epochs": 2},
     "limited batches": {"limit_train_batches": 3, "limit_val_batches": 1},
     "overfitting": {"overfit_batches": 2},
 }

@@ -159,4 +159,7 @@ def test_nothing_else_in_the_package_unpickles_or_runs_text(checkout: Path) -> N
         calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
         if calls & forbidden:
             found[str(path.relative_to(checkout))] = calls & forbidden
-    assert found == {"trainkit/checkpoint/foreign.py": {"torch.load"}}
+    assert found == {
+        "trainkit/checkpoint/foreign.py": {"torch.load"},
+        "trainkit/data/failure.py": {"pickle.loads"},  # an error that a worker process of this run hands over
+    }

@@ -9,6 +9,7 @@ from typing import Any
 from trainkit import Callback, Module, Trainer
 from trainkit.config.parser import dump
 from trainkit.errors import MisconfigurationException, warn
+from trainkit.loggers.base import private
 from trainkit.redaction import redacted
 
 
@@ -52,7 +53,7 @@ class RecordConfig(Callback):
             for number in itertools.count():
                 path = folder / (f"config.resume-{number}.yaml" if number else "config.yaml")
                 try:
-                    with open(path, "x", encoding="utf-8") as file:
+                    with open(path, "x", encoding="utf-8", opener=private) as file:
                         file.write(text)
                 except FileExistsError:
                     continue

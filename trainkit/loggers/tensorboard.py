@@ -404,6 +404,7 @@ def in_this_thread(open_writer: Callable[[], Any], directory: Path, max_queue: i
         second, rest = earlier[-1].name.split(".")[3], path.name.split(".", 4)[4]
         if second.isdigit():
             path = path.rename(path.with_name(f"events.out.tfevents.{int(second) + 1:010d}.{rest}"))
+    path.chmod(0o600)
     file_writer.event_writer = EventFile(path, max_queue, flush_secs)
     return writer
 

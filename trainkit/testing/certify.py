@@ -270,12 +270,13 @@ def _trial(
     directory.mkdir()
     instants = random.Random(f"{seeds[0]}:{seeds[1]}")
     trial = Trial(seeds[1])
-    for _ in range(kills):
+    for left in range(kills, 0, -1):
         process, began = start(directory, every), time.monotonic()
         before = _last(directory)
-        # most while it trains, the others at any time: while it starts, saves, validates or ends
-        goal = instants.randint(before + 1, steps) if before < steps and instants.random() < 0.7 else None
-        pause = instants.random() * (2 * seconds / max(steps, 1) if goal is not None else seconds)
+        # most while it trains, so that all of them find it alive; the others at any time: while it starts or saves
+        trains = before < steps and instants.random() < 0.7
+        goal = before + instants.randint(1, max(1, 2 * (steps - before) // (left + 1))) if trains else None
+        pause = instants.random() * (2 * seconds / max(steps, 1) if trains else seconds / left)
         while goal is not None and process.exitcode is None and _last(directory) < goal:
             if time.monotonic() - began > timeout:
                 break

@@ -130,6 +130,18 @@ class Finetuned(Net):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
 
+class Frozen(Net):
+    """A part of it is frozen, and another in evaluation mode, from hooks of its own."""
+
+    def on_train_start(self) -> None:
+        self.head.bias.requires_grad = False
+
+    def on_train_epoch_start(self) -> None:
+        self.head.bias.requires_grad = self.current_epoch == 2
+        self.backbone[0].requires_grad_(self.current_epoch != 1)
+        self.backbone[1].train(self.current_epoch != 1)
+
+
 class Drawing(Callback):
     """A callback that draws, and changes what is trained."""
 
@@ -253,6 +265,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "model": Finetuned,
         "callbacks": lambda: [BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.01)],
     },
+    "parts that are frozen on the way": {"model": Frozen},
     "an accumulation schedule": {"callbacks": lambda: [GradientAccumulationScheduler({0: 1, 1: 2})]},
     "a callback that draws": {"callbacks": lambda: [Drawing(), LearningRateMonitor()]},
     "validation inside the epoch": {"val_check_interval": 2},

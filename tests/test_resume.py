@@ -130,6 +130,18 @@ class Finetuned(Net):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.05)
 
 
+class Frozen(Net):
+    """A part of it is frozen, and another in evaluation mode, from hooks of its own."""
+
+    def on_train_start(self) -> None:
+        self.head.bias.requires_grad = False
+
+    def on_train_epoch_start(self) -> None:
+        self.head.bias.requires_grad = self.current_epoch == 2
+        self.backbone[0].requires_grad_(self.current_epoch != 1)
+        self.backbone[1].train(self.current_epoch != 1)
+
+
 class Drawing(Callback):
     """A callback that draws, and changes what is trained."""
 
@@ -156,6 +168,13 @@ class Remembering(DataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.asked = state_dict["asked"] - 1  # the loader of the running epoch is asked for again
+
+
+class Growing(DataModule):
+    """A data module whose samples depend on the epoch in which it is asked for them."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Samples(8 + 2 * self.trainer.current_epoch), batch_size=2, shuffle=True)
 
 
 class Rows(Logger):
@@ -246,6 +265,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "model": Finetuned,
         "callbacks": lambda: [BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.01)],
     },
+    "parts that are frozen on the way": {"model": Frozen},
     "an accumulation schedule": {"callbacks": lambda: [GradientAccumulationScheduler({0: 1, 1: 2})]},
     "a callback that draws": {"callbacks": lambda: [Drawing(), LearningRateMonitor()]},
     "validation inside the epoch": {"val_check_interval": 2},
@@ -256,6 +276,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "loaders asked for again": {"reload_dataloaders_every_n_epochs": 1},
     "a sampler of torch's that draws": {"data": weighted},
     "a data module with state": {"data": Remembering, "reload_dataloaders_every_n_epochs": 1},
+    "data that grow with the epoch": {"data": Growing, "reload_dataloaders_every_n_epochs": 1},
+    "data that grow every second epoch": {"data": Growing, "reload_dataloaders_every_n_epochs": 2},
     "limited batches": {"limit_train_batches": 3, "limit_val_batches": 1},
     "overfitting": {"overfit_batches": 2},
 }

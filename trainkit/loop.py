@@ -34,6 +34,7 @@ def fit(trainer: Trainer) -> None:
     metrics.x = progress.window
 
     hooks.on_train_start()
+    trainer.switches.begin(module, (trainer.checkpoint or {}).get("switched", {}))  # what is frozen from here on
     while not trainer.done:
         start, gradients = progress.batch, False
         is_last = True  # until a batch says otherwise: a resumed epoch may have none left

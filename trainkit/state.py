@@ -10,6 +10,8 @@ from trainkit.errors import CheckpointError
 from trainkit.random import random_state, set_random_state
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from trainkit.callback import Callback
     from trainkit.trainer import Trainer
 
@@ -96,6 +98,45 @@ class RandomState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_random_state(state)
+
+
+class Switches:
+    """Which parameters and parts of a module were switched since training began: frozen or not, in which mode.
+
+    Neither is in a module's state_dict. A hook such as `on_train_epoch_start` that freezes the backbone for an epoch
+    is not called again when a run goes on inside of it. What was so when training began is the user's code's affair.
+    """
+
+    def __init__(self) -> None:
+        self._module: nn.Module | None = None
+        self._began: dict[str, dict[str, bool]] = {}
+
+    def begin(self, module: nn.Module, switched: Mapping[str, Mapping[str, bool]]) -> None:
+        """Note how the module begins, and switch what was switched in the run that it goes on from."""
+        self._module, self._began = module, _switches(module)
+        things = {"requires_grad": dict(module.named_parameters()), "training": dict(module.named_modules())}
+        for attribute, values in switched.items():
+            for name, value in values.items():
+                if name in things[attribute]:
+                    setattr(things[attribute][name], attribute, value)
+
+    def state_dict(self) -> dict[str, dict[str, bool]]:
+        """Return what was switched; nothing where nobody did."""
+        if self._module is None:
+            return {}
+        found = {}
+        for attribute, values in _switches(self._module).items():
+            began = self._began[attribute]
+            if switched := {name: value for name, value in values.items() if began.get(name, value) != value}:
+                found[attribute] = switched
+        return found
+
+
+def _switches(module: nn.Module) -> dict[str, dict[str, bool]]:
+    return {
+        "requires_grad": {name: parameter.requires_grad for name, parameter in module.named_parameters()},
+        "training": {name: part.training for name, part in module.named_modules()},
+    }
 
 
 def resume_state(trainer: Trainer) -> dict[str, Stateful]:

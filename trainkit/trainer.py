@@ -36,7 +36,7 @@ from trainkit.replay import replayed
 from trainkit.run import running
 from trainkit.signals import NOTED, STOPS, Interruption
 from trainkit.stages import RunningStage, TrainerFn, TrainerState
-from trainkit.state import Progress
+from trainkit.state import Progress, Switches
 from trainkit.status import Status, results_table
 from trainkit.strategies import Strategy
 from trainkit.tree import map_tensors
@@ -167,6 +167,7 @@ class Trainer(Status):
         """What records this run's calls, when a profiler is on."""
 
         self.progress = Progress()
+        self.switches = Switches()
         self.metrics = Metrics()
         self.state = TrainerState()
         self.interruption = Interruption()

@@ -24,7 +24,7 @@ from trainkit.errors import (
 )
 from trainkit.hparams import namespaces_of, plain_hparams, tell_of_secrets
 from trainkit.loggers.base import run_directory, runs_directory
-from trainkit.stages import TrainerFn
+from trainkit.stages import RunningStage, TrainerFn
 from trainkit.state import ByKey, resume_state
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         checkpoint["callbacks"] = ByKey(trainer.callbacks).state_dict()
         for key, part in resume_state(trainer).items():
             checkpoint[key] = part.state_dict()
+        if switched := _switched(trainer):
+            checkpoint["switched"] = switched
         checkpoint["run_dirs"] = [
             os.path.realpath(run_directory(logger, trainer.default_root_dir)) if logger.root_dir else None
             for logger in trainer.loggers
@@ -73,6 +75,16 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             checkpoint[datamodule.CHECKPOINT_HYPER_PARAMS_KEY] = plain_hparams(datamodule.hparams)
     trainer.hooks.on_save_checkpoint(checkpoint)
     return checkpoint
+
+
+def _switched(trainer: Trainer) -> dict[str, dict[str, bool]]:
+    """Return what training has frozen or put into another mode, and not what a toggled optimizer or validation has."""
+    switched = trainer.switches.state_dict()
+    if getattr(trainer.module, "_toggled", None):
+        switched.pop("requires_grad", None)
+    if trainer.state.stage != RunningStage.TRAINING:
+        switched.pop("training", None)
+    return switched
 
 
 def restore_weights(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:

@@ -52,6 +52,7 @@ class Sources:
         self._earlier = {} if earlier is None else {kind: earlier.num_batches(kind) for kind in STEP}
         self._open: dict[int, Generator[tuple[int, Any, bool]]] = {}  # by loader
         self._asked: dict[str, float] = {}  # the epoch in which loaders of a kind were asked for
+        self._resumed = False  # whether the state of a checkpoint is loaded
 
     @property
     def train(self) -> Batches:
@@ -181,7 +182,23 @@ class Sources:
         if source is not None:
             return source
         owner = "LightningModule" if self._owner is self.trainer.module else "LightningDataModule"
-        return recorded(self.trainer, owner, self._owner, f"{kind}_dataloader")()
+        progress = self.trainer.progress
+        epoch = progress.epoch
+        progress.epoch = self._epoch_of(kind)
+        try:
+            return recorded(self.trainer, owner, self._owner, f"{kind}_dataloader")()
+        finally:
+            progress.epoch = epoch
+
+    def _epoch_of(self, kind: str) -> int:
+        """Return the epoch in which loaders are asked for; a resumed run asks as the one that it goes on did.
+
+        A method that looks at `trainer.current_epoch` then gives the same data again.
+        """
+        trainer = self.trainer
+        resuming = trainer.fitting and not self._resumed and trainer.checkpoint is not None
+        asked = (trainer.checkpoint or {}).get("loader", {}).get("asked", {}).get(kind) if resuming else None
+        return trainer.progress.epoch if asked is None else int(max(asked, 0))
 
     def _limit(self, kind: str) -> tuple[float, str]:
         """Return how many batches of a kind are wanted, and the argument of the Trainer that says so."""
@@ -278,6 +295,7 @@ class Sources:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
+        self._resumed = True
         self.train.load_state_dict(state.get("train", state))
         self.seed = state.get("seed", self.seed) if "train" in state else self.seed
         parts = [part for loader in self.loaders.get("val", []) for part in loader.parts]

@@ -79,6 +79,15 @@ def test_a_worker_that_dies_is_told_of_with_what_it_was_loading(how: Any, said: 
     assert time.monotonic() - began < 8
 
 
+def ended_well() -> None:
+    os._exit(0)
+
+
+def test_a_worker_that_a_library_ends_without_an_error_is_told_of_too() -> None:
+    with pytest.raises(RuntimeError, match=r"^data: a worker process ended with exit code 0 while loading batch .*5"):
+        batches(Ends(ended_well))
+
+
 def test_the_death_of_a_worker_is_heard_of_by_whoever_waits_for_a_batch_and_nobody_else() -> None:
     source: Any = DataLoader(Ends(killed), 4, num_workers=1, prefetch_factor=5, collate_fn=list)
     before = set(multiprocessing.active_children())

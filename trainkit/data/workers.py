@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from torch.utils.data import DataLoader, _utils, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, _utils, get_worker_info
 
 from trainkit.data.order import Placed
 from trainkit.data.served import Served
@@ -162,10 +162,15 @@ class Crew:
         for process in iterator._workers:
             if process.sentinel in gone:
                 process.join(timeout=1)  # it may still be on its way out
-        ends = {worker: process.exitcode for worker, process in enumerate(iterator._workers) if process.exitcode}
+        streams = issubclass(type(iterator._dataset), IterableDataset)  # whose workers end when they have no more data
+        ends = {
+            worker: process.exitcode
+            for worker, process in enumerate(iterator._workers)
+            if process.exitcode or (process.exitcode == 0 and not streams)
+        }
         if not ends:
             return None
-        worker, code = next(iter(ends.items()))
+        worker, code = max(ends.items(), key=lambda end: end[1] != 0)
         if code == -signal.SIGKILL:
             how = "was killed (signal 9: most often the kernel's out-of-memory killer; fewer workers need less memory)"
         elif code < 0:

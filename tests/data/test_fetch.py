@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import random
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,8 +204,30 @@ def test_a_subclass_that_loads_its_samples_itself_gets_them() -> None:
     assert samples(Loader(source, name="data", argument="limit", seed=1)) == list(range(6))
 
 
-def test_workers_that_are_not_forked_from_here_give_the_same() -> None:
-    assert samples(loader(Noisy(7), 3, 1, multiprocessing_context="forkserver")) == samples(loader(Noisy(7)))
+NOISY = """
+import random
+import numpy as np
+import torch
+
+class Noisy(torch.utils.data.Dataset):
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, index):
+        return torch.tensor([index, torch.rand(()).item(), np.random.rand(), random.random()], dtype=torch.float64)
+"""
+
+
+def test_workers_that_are_not_forked_from_here_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "noisy_of_its_own.py").write_text(NOISY)  # which they import by its name
+    monkeypatch.syspath_prepend(tmp_path)
+    data = importlib.import_module("noisy_of_its_own").Noisy()
+    there, here = (
+        [batch.tolist() for _, batch, _ in loader(data, 3, workers, collate_fn=torch.stack, **options).epoch(1)]
+        for workers, options in ((1, {"multiprocessing_context": "forkserver"}), (0, {}))
+    )
+    assert there == here
+    assert len({draw for batch in here for sample in batch for draw in sample[1:]}) == 21
 
 
 # ---------------------------------------------------------------- errors

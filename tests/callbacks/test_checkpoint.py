@@ -575,6 +575,19 @@ def test_another_directory_begins_anew_and_the_old_files_stay(monitor: str | Non
     assert saved("new") == ["epoch=1-step=8.ckpt"]
 
 
+def test_last_is_the_newest_of_all_folders_whichever_callback_saved_it() -> None:
+    def callbacks() -> list[ModelCheckpoint]:
+        return [ModelCheckpoint("best", monitor="val"), ModelCheckpoint("often", every_n_train_steps=1, save_last=True)]
+
+    fit(Scripted([1.0, 2.0]), *callbacks(), max_steps=7)
+    assert (steps("best"), steps("often")) == ({"epoch=0-step=4.ckpt": 4}, {"epoch=1-step=7.ckpt": 7, "last.ckpt": 7})
+    resumed = Scripted([2.0, 3.0])
+    best, often = callbacks()
+    trainer = fit(resumed, best, often, max_steps=9, ckpt_path="last")
+    assert Path(str(trainer.resume_path)).parent.name == "often"
+    assert steps("often") == {"epoch=2-step=9.ckpt": 9, "last.ckpt": 9}
+
+
 def test_a_best_file_that_is_gone_is_forgotten() -> None:
     fit(Scripted([1.0, 2.0]), ModelCheckpoint(monitor="val", save_last=True), max_epochs=2)
     os.unlink("checkpoints/epoch=0-step=4.ckpt")

@@ -336,8 +336,8 @@ def continue_loggers(trainer: Trainer, checkpoint: Mapping[str, Any], path: str 
 def find_last(trainer: Trainer) -> str | PathLike[str] | None:
     """Return the newest checkpoint that `ckpt_path="last"` means, None when there is none yet.
 
-    It is looked for in the checkpoint callbacks' own folders; without one, in the folders of the runs that the first
-    logger has made, the newest first.
+    It is looked for in the checkpoint callbacks' own folders, in all of them; without one, in the folders of the runs
+    that the first logger has made, the newest first.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be read.
@@ -348,11 +348,13 @@ def find_last(trainer: Trainer) -> str | PathLike[str] | None:
     if rescued:
         ours = [store.newest(folder) for folder in folders if store.checkpoints_in(folder)]
         return max([*rescued, *(path for path in ours if path)], key=store.step_of)
-    if not folders and trainer.logger is not None:
+    if folders:
+        return store.newest(*dict.fromkeys(folders))
+    if trainer.logger is not None:
         root = Path(runs_directory(trainer.logger, trainer.default_root_dir))
         runs = [run for run in root.iterdir() if run.is_dir()] if root.is_dir() else []
         folders = [run / "checkpoints" for run in (*sorted(runs, key=_run_number, reverse=True), root)]
-    elif not folders:
+    else:
         folders = [Path(trainer.default_root_dir) / "checkpoints"]
     for folder in folders:
         if not store.checkpoints_in(folder):

@@ -115,28 +115,31 @@ def load(path: StrPath) -> dict[str, Any]:
         raise CheckpointError(f"{name} could not be read: {disk.reason(error, name)}") from error
 
 
-def newest(directory: StrPath) -> StrPath | None:
-    """Return the checkpoint of a directory with the most training in it, or None when the directory has none.
+def newest(*directories: StrPath) -> StrPath | None:
+    """Return the checkpoint of some directories with the most training in it, or None when they have none.
 
     That is the one with the highest `global_step` among the `*.ckpt` that load, whatever their names and dates say. One
     that can be resumed comes before one that has weights only. A file that does not load, or whose weights are not
-    finite while there is one whose weights are, is left where it is, with a warning that has the reason.
+    finite while there is one whose weights are, is left where it is, with a warning that has the reason. Of several
+    directories with as much training the last counts: what is saved there knows of what the others have saved.
 
     Raises:
         CheckpointError: there are checkpoints, and none of them loads.
     """
-    ranked: list[tuple[tuple[int, ...], str]] = []
+    ranked: list[tuple[tuple[int, ...], int, int, str]] = []
     problems: list[str] = []
     not_finite: list[str] = []
     found: str | None = None
-    for path in [os.path.join(named(directory), name) for name in checkpoints_in(directory)]:
+    places = enumerate(directories)
+    for place, path in [(n, os.path.join(named(each), name)) for n, each in places for name in checkpoints_in(each)]:
         try:
-            ranked.append((_rank(path), path))
+            *training, is_last = _rank(path)
+            ranked.append((tuple(training), place, is_last, path))
         except FileNotFoundError:
             pass  # its run has removed it since
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
-    for _, path in sorted(ranked, reverse=True):
+    for *_, path in sorted(ranked, reverse=True):
         try:
             finite = _look(path, format.verify).finite
         except FileNotFoundError:
@@ -153,8 +156,9 @@ def newest(directory: StrPath) -> StrPath | None:
     else:
         problems += [f"the weights in {path} are not finite." for path in not_finite]
     if problems and found is None:
+        where = " or ".join(map(named, directories))
         raise CheckpointError(
-            f"no checkpoint in {os.fspath(directory)} can be loaded:\n  " + "\n  ".join(problems) + "\n"
+            f"no checkpoint in {where} can be loaded:\n  " + "\n  ".join(problems) + "\n"
             "Nothing was changed. To start from the beginning, leave ckpt_path out, or move the files away."
         )
     for problem in problems:

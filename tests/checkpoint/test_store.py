@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Callable
@@ -27,6 +28,20 @@ def hidden(directory: Path) -> list[str]:
 
 def names(directory: Path) -> list[str]:
     return sorted(os.listdir(directory))
+
+
+def test_the_newest_is_the_one_beside_which_nothing_whole_has_more_training(tmp_path: Path) -> None:
+    store.save(tmp_path / "a.ckpt", run_of(3))
+    assert store.is_newest(tmp_path / "a.ckpt", 3)
+    store.save(tmp_path / "weights.ckpt", {key: STATE[key] for key in ("epoch", "state_dict")} | {"global_step": 9})
+    store.save(tmp_path / "nan.ckpt", run_of(8, state_dict={"w": torch.tensor([math.nan])}))
+    store.save(tmp_path / "b.ckpt", run_of(7))
+    content = (tmp_path / "b.ckpt").read_bytes()
+    (tmp_path / "b.ckpt").write_bytes(content[:2000] + bytes([content[2000] ^ 1]) + content[2001:])
+    assert store.is_newest(tmp_path / "a.ckpt", 3)  # neither weights alone, nor nan, nor a damaged file
+    store.save(tmp_path / "c.ckpt", run_of(4))
+    assert not store.is_newest(tmp_path / "a.ckpt", 3)
+    assert not store.is_newest(tmp_path / "nothing" / "a.ckpt", 3)
 
 
 # ---- saving

@@ -25,6 +25,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from trainkit.data.samplers import length_of, sampler_of
 from trainkit.errors import CheckpointError, warn
+from trainkit.hparams import plain_hparams
+from trainkit.redaction import HIDDEN
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -46,7 +48,6 @@ TRAINER = (
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _NOTHING = "none"
-_REDACTED = "***"
 
 
 class Change(NamedTuple):
@@ -158,12 +159,10 @@ def _optimizers(before: list[dict[str, Any]] | None, now: list[dict[str, Any]]) 
 
 
 def _hparams(before: Mapping[str, Any] | None, trainer: Trainer) -> list[Change]:
-    from trainkit.hparams import plain_hparams
-
     if not isinstance(before, Mapping):
         return []
     now = plain_hparams(trainer.module.hparams)
-    secret = [key for key in before if before[key] == _REDACTED]
+    secret = [key for key in before if before[key] == HIDDEN]
     old, new = ({k: str(_plain(v)) for k, v in some.items() if k not in secret} for some in (before, now))
     return list(_changed("maybe", old, new, "hyperparameter {}".format))
 

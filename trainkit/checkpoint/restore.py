@@ -318,11 +318,7 @@ def continue_loggers(trainer: Trainer, checkpoint: Mapping[str, Any], path: str 
     beside = None
     if not store.is_remote(path) and Path(path).parent.name == "checkpoints":
         beside = Path(path).resolve().parent.parent
-    try:
-        newest = store.newest(os.path.dirname(path) or ".")
-    except CheckpointError:  # it was not trainkit that wrote them
-        return
-    if newest is None or store.step_of(newest) > step:
+    if not store.is_newest(path, step):
         return
     for index, logger in enumerate(trainer.loggers):
         root = Path(logger.root_dir).resolve() if logger.root_dir else None

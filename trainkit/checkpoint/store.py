@@ -166,6 +166,23 @@ def newest(*directories: StrPath) -> StrPath | None:
     return found if found is None or is_remote(found) else Path(found)
 
 
+def is_newest(path: StrPath, step: int) -> bool:
+    """Whether a run can't be resumed from more training than at a step with any other checkpoint beside this one.
+
+    Only what claims to have more is verified, and counts if it is whole and its weights are finite: a resumed run has
+    just read this one, and need not read it again. Where there is no checkpoint of trainkit's, none is the newest.
+    """
+    directory, known = os.path.dirname(named(path)) or ".", False
+    for name in checkpoints_in(directory):
+        other = os.path.join(directory, name)
+        with contextlib.suppress(CheckpointError, OSError):
+            resumable, other_step, *_ = _rank(other)
+            known = True
+            if resumable and other_step > step and _look(other, format.verify).finite:
+                return False
+    return known
+
+
 def head(path: StrPath) -> format.Head:
     """Return what a checkpoint says of itself, with its tensors left in the file; see `format.head`."""
     return _look(named(path), format.head)

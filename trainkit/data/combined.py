@@ -198,26 +198,28 @@ class Combination(Batches):
 
     def samples_of(self, epoch: int, batch_idx: int) -> list[Any] | None:
         """Return the indices of the samples in a batch, a list for each loader; None for one that is over."""
-        places = [self._place(loader, batch_idx) for loader in self.loaders]
         return [
             None if place is None else loader.samples_of(epoch, *place)
-            for loader, place in zip(self.loaders, places, strict=True)
+            for loader, place in zip(self.loaders, self.places(batch_idx), strict=True)
         ]
 
     def batch_at(self, epoch: int, batch_idx: int) -> Any:
         """Return one batch of an epoch, with the samples and the random numbers that it has in the run."""
         if batch_idx >= self.claimed:
             return super().batch_at(epoch, batch_idx)
-        places = [self._place(loader, batch_idx) for loader in self.loaders]
         batches = [
             None if place is None else loader.batch_at(epoch, *place)
-            for loader, place in zip(self.loaders, places, strict=True)
+            for loader, place in zip(self.loaders, self.places(batch_idx), strict=True)
         ]
         return refilled(self.structure, batches)
 
+    def places(self, batch_idx: int) -> list[tuple[int, int] | None]:
+        """Return which batch of its data each loader gives to a batch, and in which lap; None for one that is over."""
+        return [self._place(loader, batch_idx) for loader in self.loaders]
+
     def _place(self, loader: Loader, batch_idx: int) -> tuple[int, int] | None:
         """Return which batch of a loader's data is in a batch, and in which lap; None when the loader is over."""
-        if loader.claimed == math.inf or batch_idx < loader.claimed:
+        if loader.claimed in (0, math.inf) or batch_idx < loader.claimed:
             return batch_idx, 0
         lap, rest = divmod(batch_idx, int(loader.claimed))
         return (rest, lap) if self.mode == "max_size_cycle" else None

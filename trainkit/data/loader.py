@@ -60,6 +60,10 @@ class Batches:
         """Return an iterator that begins with batch `start` of an epoch."""
         return iter(())
 
+    def places(self, batch_idx: int) -> list[tuple[int, int] | None]:
+        """Return which batch of its data each part gives to a batch, and in which lap; None for one that is over."""
+        return [(batch_idx, 0)] * len(self.parts)
+
     def samples_of(self, epoch: int, batch_idx: int) -> list[Any] | None:
         """Return the indices of the samples in a batch of an epoch; None where the data have none.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainkit.data.combined import Combination
 from trainkit.data.loader import Batches
 from trainkit.errors import MisconfigurationException
 from trainkit.random import isolated_random
@@ -20,7 +19,8 @@ def position_of(batches: Batches, epoch: int, batch_idx: int) -> dict[str, Any]:
                    indices in the data set; the last two are None for data without indices
     """
     loaders = []
-    for part, (lap, index) in zip(batches.parts, _laps(batches, batch_idx), strict=True):
+    for part, place in zip(batches.parts, batches.places(batch_idx), strict=True):
+        index, lap = place or (batch_idx, 0)
         samples = part.samples_of(epoch, index, lap)
         first = index * len(part.samples_of(epoch, 0, lap) or ())  # only the last batch may be smaller
         loaders.append(
@@ -34,13 +34,6 @@ def position_of(batches: Batches, epoch: int, batch_idx: int) -> dict[str, Any]:
             }
         )
     return {"epoch": epoch, "batch": batch_idx, "loaders": loaders}
-
-
-def _laps(batches: Batches, batch_idx: int) -> list[tuple[int, int]]:
-    """Return for each loader how often it was over before a batch of the epoch, and the index of its own batch."""
-    cycles = isinstance(batches, Combination) and batches.mode == "max_size_cycle"
-    lengths = [part.claimed if cycles and 0 < part.claimed < float("inf") else 0 for part in batches.parts]
-    return [divmod(batch_idx, int(length)) if length else (0, batch_idx) for length in lengths]
 
 
 def fetch(batches: Batches, position: Mapping[str, Any]) -> Any:

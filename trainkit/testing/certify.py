@@ -339,10 +339,9 @@ def _keyed(lines: Iterable[dict[str, Any]]) -> Iterator[tuple[tuple[Any, ...], d
     """Yield each line under what it is about; an event may happen several times at one place."""
     seen: dict[tuple[Any, ...], int] = {}
     for line in lines:
-        if line["event"] == "end":
-            seen = {}  # may be reached again, when what was killed was over
-        if line["event"] == "begin":  # another attempt tells of the same places again
+        if line["event"] in ("begin", "end"):  # another attempt tells of the same places again
             seen = {}
+        if line["event"] == "begin":
             continue
         place = (line["event"], line["at"])
         seen[place] = seen.get(place, 0) + 1

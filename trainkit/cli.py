@@ -213,7 +213,7 @@ def read(words: Sequence[str]) -> CommandLine:
     if command not in DOES:
         if command.startswith("-"):
             raise UsageError(f"no command before {command!r}", f"for example: trainkit fit {shlex.join(words)}")
-        raise UsageError(f"no command {command!r}", nearest(command, {**DOES, **file_commands.COMMANDS}))
+        raise UsageError(f"no command {command!r}", nearest(command, [*DOES, "certify", *file_commands.COMMANDS]))
     line = CommandLine(command)
     position = 0
     while position < len(rest):

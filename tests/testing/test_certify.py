@@ -194,3 +194,9 @@ def test_the_command_says_what_it_cannot_read(tmp_path: Path) -> None:
     failed = command("--config", "none.yaml", cwd=tmp_path)
     assert failed.returncode == 2
     assert "none.yaml" in failed.stderr
+
+
+def test_a_misspelt_certify_is_recognised(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "trainkit", "certfy"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean 'certify'?" in done.stderr

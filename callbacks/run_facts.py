@@ -277,8 +277,8 @@ def _monitored(trainer: Trainer) -> Best | None:
 
 
 # ---------------------------------------------------------------------- how it ended
-WORTH_A_SPLIT = 10.0
-"""Seconds; the time of a shorter run is not shown at its end, `trainer.report_timing()` has it."""
+WORTH_ADVICE, WORTH_A_SPLIT = 1.0, 10.0
+"""Seconds; where the time of a shorter run went is not shown at its end, `trainer.report_timing()` has it."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +309,6 @@ def ending(trainer: Trainer, best: Best | None, elapsed: float, exception: BaseE
         checkpoint=short_path(top or newest) if top or newest else "",
         resume=resume_call(trainer, short_path(newest)) if newest else "",
         sentence="" if exception is None else where_it_ended(trainer, exception),
-        time=timing.line if elapsed >= WORTH_A_SPLIT else "",
-        advice=str(timing.advice[0]) if timing.advice else "",
+        time=timing.line if timing.total >= WORTH_A_SPLIT else "",
+        advice=str(timing.advice[0]) if timing.advice and timing.total >= WORTH_ADVICE else "",
     )

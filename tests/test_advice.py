@@ -112,6 +112,6 @@ def test_recompiles_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_end_of_a_run_shows_the_worst(capsys: pytest.CaptureFixture[str]) -> None:
-    advice(Net(step=0.001), wait=WAIT, enable_progress_bar=True)
+    advice(Net(step=0.001), wait=2 * WAIT, enable_progress_bar=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("advice: ")]

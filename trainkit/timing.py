@@ -8,10 +8,10 @@ The loop takes the times; the hooks' table (`hooks.py`) takes those of each call
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class Timing:
     """
 
     def __init__(self) -> None:
-        self.now: Callable[[], float] = time.perf_counter
+        self.now: Callable[[], float] = perf_counter
         """What the loop calls between two parts."""
         self.laps: list[Lap] = []
         self.lap: Callable[[Lap], None] = self.laps.append
@@ -175,7 +175,7 @@ class Timing:
 
     def row(self) -> dict[str, float]:
         """Return the seconds per step since the last row: one a second at most, and none of a handful of steps."""
-        now = time.perf_counter()
+        now = perf_counter()
         if now < self._due and (self._logged.steps or self._sums.steps < FEW):
             return {}
         split = self.split()
@@ -235,7 +235,7 @@ class DeviceTiming(Timing):
             event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record(self._stream)
             self._marks.append(event)
-        return time.perf_counter()
+        return perf_counter()
 
     def _lap(self, lap: Lap) -> None:
         self.laps.append(lap)

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -561,7 +562,7 @@ class Trainer(Status):
         """
         if not values or self.sanity_checking or not self.loggers:
             return
-        began = time.perf_counter()
+        began = perf_counter()
         row = numbers(values)
         self.metrics.note_row(values)
         if step is None:
@@ -577,7 +578,7 @@ class Trainer(Status):
                     logger.save()
             except OSError as error:  # a full disk must not cost the run; file loggers keep the rows and try again
                 warn(f"step {step} was not logged: {error}.")
-        self.timing.logging += time.perf_counter() - began
+        self.timing.logging += perf_counter() - began
 
     def log_point(self) -> None:
         """Hand the loggers what was logged last in the training steps, and where their time went."""

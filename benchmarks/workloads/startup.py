@@ -1,0 +1,87 @@
+"""(f) Seconds before anything is learned: the import, from process start to the first step, from fit to the first step.
+
+Nothing but the standard library is imported at the top, so that each import is seen where it is paid.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.case import ALL, WITH_DEFAULTS, Case, Metric
+
+TITLE = "(f) Start"
+ROUNDS = (5, 3)
+IMPORTS = {  # what the first lines of a program import
+    "hand": "import torch",
+    "trainkit": "from trainkit import Callback, DataModule, Module, Trainer",
+    "lightning": "import lightning",
+    "accelerate": "from accelerate import Accelerator",
+    "ignite": "from ignite.engine import Events, create_supervised_trainer",
+    "transformers": "from transformers import Trainer, TrainingArguments",
+    "keras": "import os; os.environ['KERAS_BACKEND'] = 'torch'; import keras",
+    "skorch": "from skorch import NeuralNet",
+    "fastai": "from fastai.learner import Learner",
+}
+IMPORT = Metric("import_cpu", "import, over torch: CPU time", "s", ratio=False)
+FIRST = (
+    Metric("start_cpu", "process start to first step: CPU time", "s"),
+    Metric("start_wall", "process start to first step: wall time", "s"),
+    Metric("fit_cpu", "fit entered to first step: CPU time", "s", ratio=False),
+    Metric("fit_wall", "fit entered to first step: wall time", "s", ratio=False),
+)
+CASES = [
+    Case("off", "everything off", ALL, (IMPORT, *FIRST), same_work=False),
+    Case("defaults", "defaults on", WITH_DEFAULTS, FIRST, same_work=False),
+    Case("warm", "everything off, the process has made an optimizer before", ALL, FIRST[2:], same_work=False),
+    Case("warm-defaults", "defaults on, an optimizer made before", WITH_DEFAULTS, FIRST[2:], same_work=False),
+]
+
+
+def measure(case: str, peer: str, quick: bool, folder: Path) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    before = time.process_time(), time.perf_counter()
+    exec(IMPORTS[peer], {})
+    imported = {"import_cpu": time.process_time() - before[0], "import_wall": time.perf_counter() - before[1]}
+    return imported | first_step(peer, folder, warm="warm" in case, defaults="defaults" in case)
+
+
+def first_step(peer: str, folder: Path, warm: bool, defaults: bool) -> dict[str, float]:
+    import importlib
+
+    from torch import Tensor, nn
+
+    from benchmarks.training import warm_up_torch
+    from benchmarks.workloads.mlp import make_job
+
+    seen: list[tuple[float, float, float]] = []
+
+    class First(nn.Module):
+        """Notes when it is called for the first time: the first line of the first step."""
+
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            if not seen:
+                seen.append((time.process_time(), time.perf_counter(), time.time()))
+            return self.net(inputs)
+
+    job = make_job(folder, 60, defaults=defaults)
+    job.net = First(job.net)
+    if warm:
+        warm_up_torch()
+    importlib.import_module(f"benchmarks.peers.{peer}").train(job)
+    assert job.clock.entered is not None
+    cpu, wall, date = seen[0]
+    return {
+        "start_cpu": cpu,
+        "start_wall": date - float(os.environ["BENCH_STARTED"]),
+        "fit_cpu": cpu - job.clock.entered[0],
+        "fit_wall": wall - job.clock.entered[1],
+    }

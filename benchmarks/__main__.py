@@ -33,12 +33,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--quick", action="store_true", help="a minute, to see that everything runs; numbers mean nothing"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmark-results"), help="folder for results; default: %(default)s"
+        "--out", type=Path, help="folder for results; default: benchmarks/results, or runs/benchmarks unless all is run"
     )
     options = parser.parse_args(arguments)
     options.workloads = names_of(parser, "--workloads", options.workloads, list(NAMES))
     peers = options.peers or ",".join(QUICK_PEERS if options.quick else PEERS)
     options.peers = names_of(parser, "--peers", peers, list(PEERS))
+    whole = not options.quick and (options.workloads, options.peers) == (list(NAMES), list(PEERS))
+    options.out = options.out or (CHECKOUT / "benchmarks" / "results" if whole else Path("runs", "benchmarks"))
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds must be at least 1. Received: {options.rounds}.")
     return options

@@ -35,7 +35,7 @@ def value_range(row: Row, metric: Metric) -> str:
 
 
 def table(blocks: Sequence[Block], titles: dict[str, str]) -> str:
-    """The table for a terminal. The ratio is the median of the rounds' ratios to the loop by hand, with least and most."""
+    """The table for a terminal: medians; where a ratio to the loop by hand is, least and most are of the ratios."""
     lines = []
     for workload, of_workload in groupby(blocks, key=lambda block: block.workload):
         lines += ["", titles[workload]]
@@ -70,8 +70,9 @@ def page(report: dict[str, Any], titles: dict[str, str], blocks: Sequence[Block]
     lines = [
         "# Results",
         "",
-        f"Made by `{report['command']}` on {report['date']}, commit {report['commit']}, in {report['seconds'] / 60:.0f} minutes. "
-        "This page is written from [results.json](results.json), which holds each measured value; "
+        f"Made by `{report['command']}` on {report['date']}, commit {report['commit']}, in "
+        f"{report['seconds'] / 60:.0f} minutes. This page is written from "
+        "[results.json](results.json), which holds each measured value; "
         "[how to read it](../README.md).",
         "",
     ]
@@ -101,7 +102,7 @@ def page(report: dict[str, Any], titles: dict[str, str], blocks: Sequence[Block]
         lines.append(f"| {verdict['bar']} | {sign} {scaled(verdict['limit'], unit)} | {value} | {word} |")
     lines += [
         "",
-        "Python calls in a step and reads of the device between log points are counted exactly, by `tests/test_loop.py`.",
+        "Python calls in a step, and reads of the device between log points, are counted exactly: by the tests.",
         "",
     ]
     for workload, of_workload in groupby(blocks, key=lambda block: block.workload):

@@ -1,4 +1,4 @@
-"""One file a peer, each with `train(job)`: the shortest idiomatic use of it, everything optional off unless the job says on."""
+"""One file a peer, each with `train(job)`: its shortest idiomatic use, all that is optional off unless asked for."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ that the steps after it are slower while another thread writes. Both by the wall
 from __future__ import annotations
 
 import importlib
+import itertools
 import statistics
 import time
 from functools import partial
@@ -54,7 +55,7 @@ def measure(case: str, peer: str, quick: bool, folder: Path) -> dict[str, Any]:
     run = {"hand": by_hand, "trainkit": with_trainkit, "lightning": with_lightning}[peer]
     warm_up_torch()
     file = run(make_job(folder, STEPS, width, loss), case, None)
-    gaps = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(marks)]
     ordinary = statistics.median(gaps[2 : EVERY - 1])
     saves = [EVERY * count - 1 for count in (1, 2, 3)]  # the gap that follows step 20 is number 19
     stalls = [gaps[save] - ordinary for save in saves]

@@ -1,4 +1,4 @@
-"""(j) Shuffling up to a thousand million samples: how long until the first batch's indices are there, and the memory."""
+"""(j) Shuffling up to a thousand million samples: how long until the first batch is there, and the memory."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from benchmarks.training import train
 TITLE = "(d) Small Transformer"
 ROUNDS = (5, 3)
 CASES = [Case("steps", "everything off", ALL, (STEP,))]
-BATCH, LENGTH, WARM_UP, STEPS = 32, 64, 10, 120
+BATCH, LENGTH, WARM_UP, STEPS = 32, 64, 10, 60
 
 
 class Transformer(nn.Module):

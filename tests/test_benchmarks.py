@@ -27,9 +27,9 @@ def benchmark(checkout: Path, cwd: Path, *arguments: str) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def quick(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What a quick run of two workloads printed, and the folder it wrote to."""
+    """What a quick run of a workload printed, and the folder it wrote to."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    options = ["--quick", "--peers", "hand,trainkit,skorch", "--workloads", "mlp,shuffle", "--out", "out"]
+    options = ["--quick", "--peers", "hand,trainkit,skorch", "--workloads", "mlp", "--out", "out"]
     done = benchmark(checkout, folder, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, folder / "out"
@@ -50,14 +50,12 @@ def test_the_json_holds_each_value_with_machine_versions_and_commit(quick: tuple
             [found] = report["results"]["mlp"][case][peer]
             assert found["cpu"] > 0
             assert found["steps"] == 300
-    assert report["results"]["shuffle"]["9"].keys() == {"trainkit"}
 
 
 def test_trainkit_and_the_loop_by_hand_end_with_the_very_same_weights(quick: tuple[str, Path]) -> None:
     cases = json.loads((quick[1] / "results.json").read_text())["results"]["mlp"]
-    sums = {found["final_checksum"] for case in cases.values() for answers in case.values() for found in answers}
-    assert len(sums) == (1 if importlib.util.find_spec("skorch") is None else len(sums))
-    assert cases["off"]["hand"][0]["final_checksum"] == cases["off"]["trainkit"][0]["final_checksum"]
+    sums = {cases[case][peer][0]["final_checksum"] for case in cases for peer in ("hand", "trainkit")}
+    assert len(sums) == 1
 
 
 def test_the_table_fits_80_columns_and_names_each_peer_and_bar(quick: tuple[str, Path]) -> None:
@@ -72,16 +70,17 @@ def test_the_table_fits_80_columns_and_names_each_peer_and_bar(quick: tuple[str,
 
 
 def test_what_is_left_out_is_said(quick: tuple[str, Path]) -> None:
-    assert "shuffle/8: hand left out: in a quick run" in quick[0]
-    assert "shuffle/8: hand left out: in a quick run" in (quick[1] / "README.md").read_text()
-    if importlib.util.find_spec("skorch") is None:
-        assert "skorch is left out: it is not installed (pip install skorch)" in quick[0]
+    if importlib.util.find_spec("skorch") is not None:
+        pytest.skip("skorch is installed")
+    said = "skorch is left out: it is not installed (pip install skorch)"
+    assert said in quick[0]
+    assert said in (quick[1] / "README.md").read_text()
 
 
 def test_the_page_says_that_a_quick_run_means_nothing(quick: tuple[str, Path]) -> None:
     page = (quick[1] / "README.md").read_text()
     assert "Its numbers mean nothing." in page
-    assert "| (j) memory for that | ≤ 20.0 MB |" in page
+    assert "| (a) tiny MLP, everything off | ≤ 1.050 |" in page
     assert "| (f) import over torch, CPU time | ≤ 80 ms |  | not measured |" in page
 
 

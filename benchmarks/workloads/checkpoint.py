@@ -22,7 +22,7 @@ from benchmarks.job import Clock, InMemory, Job
 from benchmarks.training import warm_up_torch
 
 TITLE = "(h) Checkpoint of 105 MB"
-ROUNDS = (3, 3)
+ROUNDS = (2, 2)
 METRICS = (
     Metric("size", "file", "MB"),
     Metric("stall", "training stands still for one save", "s"),

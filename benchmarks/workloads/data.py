@@ -17,10 +17,10 @@ from benchmarks.case import ALL, Case, Metric
 from benchmarks.job import Clock, Job
 from benchmarks.training import train
 
-TITLE = "(e) Data path, shuffled, batches of 128; wall time, as workers are processes"
-ROUNDS = (5, 2)
+TITLE = "(e) Data path, shuffled; wall time, as workers are processes"
+ROUNDS = (3, 1)
 TOGETHER = True  # all cases of a peer in one process
-BATCH, WARM_UP = 128, 20
+WARM_UP = 20  # batches
 SETS = {
     "tensors": "TensorDataset of 60,000 x 784",
     "items": "a map data set with a cheap __getitem__",
@@ -70,7 +70,7 @@ def make_data(name: str, quick: bool, folder: Path) -> Dataset[Any]:
         return TensorDataset(torch.rand(count, 784), torch.randint(10, (count,)))
     if name == "items":
         return Items(6_000 if quick else 60_000)
-    return image_folder(folder, 3_072 if quick else 4_096)
+    return image_folder(folder, 32 * (24 if quick else 64))
 
 
 class Nothing(nn.Module):
@@ -87,15 +87,16 @@ class Nothing(nn.Module):
 def measure(case: str, peer: str, quick: bool, folder: Path) -> dict[str, Any]:
     name, _, workers = case.partition("-")
     data = make_data(name, quick, folder)
-    loader = DataLoader(data, BATCH, shuffle=True, num_workers=int(workers))
-    clock = Clock(WARM_UP, len(loader))
+    batch = 32 if name == "images" else 128
+    loader = DataLoader(data, batch, shuffle=True, num_workers=int(workers))
+    clock = Clock(WARM_UP, len(loader) - 1)  # the last batch may be a small one
     sgd = partial(torch.optim.SGD, lr=0.0)
     job = Job(Nothing(), lambda outputs, targets: outputs * 1, sgd, loader, clock, folder)
     measured = train(peer, job)
-    measured["rate"] = BATCH * (clock.last - clock.first - 1) / ((clock.last - clock.first) * measured["wall"])
+    measured["rate"] = batch / measured["wall"]
     batches = alone(peer, loader)
     if batches is not None:
-        measured["alone"] = rate_of(batches, len(loader))
+        measured["alone"] = batch * batches_a_second(batches, len(loader))
     return measured
 
 
@@ -110,12 +111,12 @@ def alone(peer: str, loader: DataLoader[Any]) -> Iterable[Any] | None:
     return None
 
 
-def rate_of(batches: Iterable[Any], count: int) -> float:
-    """Samples a second between the batch that ends the warm-up and the last whole one."""
+def batches_a_second(batches: Iterable[Any], count: int) -> float:
+    """Batches a second after the warm-up, without the last one, which may be small."""
     iterator: Iterator[Any] = iter(batches)
     for _ in itertools.islice(iterator, WARM_UP):
         pass
     start = time.perf_counter()
     for _ in itertools.islice(iterator, count - WARM_UP - 1):
         pass
-    return BATCH * (count - WARM_UP - 1) / (time.perf_counter() - start)
+    return (count - WARM_UP - 1) / (time.perf_counter() - start)

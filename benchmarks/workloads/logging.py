@@ -10,7 +10,7 @@ from benchmarks.training import train
 from benchmarks.workloads.mlp import make_job
 
 TITLE = "(b) Tiny MLP, logging; the hand-written loop logs nothing"
-ROUNDS = (7, 2)
+ROUNDS = (5, 1)
 SCALARS = {"none": 0, "one": 1, "five": 5}
 CASES = [
     Case("none", "defaults on, nothing logged", WITH_DEFAULTS, (STEP,)),

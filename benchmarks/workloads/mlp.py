@@ -14,7 +14,7 @@ from benchmarks.job import Clock, InMemory, Job
 from benchmarks.training import train
 
 TITLE = "(a) Tiny MLP, batches in memory: the framework's tax"
-ROUNDS = (7, 3)  # of hand and trainkit, of the others
+ROUNDS = (7, 2)  # of hand and trainkit, of the others
 CASES = [
     Case("off", "everything off", ALL, (STEP,)),
     Case("defaults", "logger, bar and checkpoints as they come, nothing logged", WITH_DEFAULTS, (STEP,)),

@@ -12,7 +12,7 @@ from benchmarks.case import Case, Metric
 from benchmarks.resident import forget_peak, peak_mb, resident_mb
 
 TITLE = "(j) Shuffling; by hand is DataLoader(shuffle=True)"
-ROUNDS = (3, 1)
+ROUNDS = (2, 1)
 METRICS = (
     Metric("first", "seconds to the first batch", "s"),
     Metric("peak", "memory for that", "MB"),

@@ -16,9 +16,9 @@ from benchmarks.job import Clock, Job
 from benchmarks.training import train
 
 TITLE = "(d) Small Transformer"
-ROUNDS = (5, 3)
+ROUNDS = (5, 2)
 CASES = [Case("steps", "everything off", ALL, (STEP,))]
-BATCH, LENGTH, WARM_UP, STEPS = 32, 64, 10, 60
+BATCH, LENGTH, WARM_UP, STEPS = 32, 64, 5, 45
 
 
 class Transformer(nn.Module):

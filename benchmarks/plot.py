@@ -27,7 +27,8 @@ def draw(blocks: Sequence[Block], path: Path) -> bool:
         from matplotlib import pyplot
     except ImportError:
         return False
-    found = {(block.workload, block.case, block.metric.name): block for block in blocks}
+    with_ratios = [block for block in blocks if any(row.ratio for row in block.rows)]
+    found = {(block.workload, block.case, block.metric.name): block for block in with_ratios}
     panels = [(found[where], title, better) for where, title, better in PANELS if where in found]
     if not panels:
         return False

@@ -121,6 +121,8 @@ def write(
     (out / "README.md").write_text(page(report, titles, blocks))
     print(table(blocks, titles))
     print(bars_text(report["bars"]))
+    if report["quick"]:
+        print("  This was a quick run: its numbers mean nothing, and so do its verdicts.")
     print("\n".join(["", *report["work"], *report["problems"]]))
     if not report["plot"]:
         print("No picture: pip install matplotlib, and measure one of mlp, logging, cnn, transformer, data.")

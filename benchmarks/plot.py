@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.summary import Block
 
@@ -47,7 +48,7 @@ def draw(blocks: Sequence[Block], path: Path) -> bool:
     return True
 
 
-def draw_panel(axis: object, block: Block) -> None:
+def draw_panel(axis: Any, block: Block) -> None:
     """A bar for each peer: the median ratio, with a line from the least to the most."""
     rows = [(row.peer, row.ratio) for row in block.rows if row.ratio is not None][::-1]
     colours = [OURS if peer == "trainkit" else HAND if peer == "hand" else OTHERS for peer, _ in rows]

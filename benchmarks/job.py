@@ -91,7 +91,7 @@ class Job:
 
     net: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
-    optimizer: partial[torch.optim.Optimizer]
+    optimizer: partial[Any]
     batches: Any
     clock: Clock
     folder: Path

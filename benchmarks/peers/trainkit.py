@@ -29,7 +29,7 @@ class LoggingModule(Module):
         return loss
 
 
-OFF = {
+OFF: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,

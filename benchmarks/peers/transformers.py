@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.job import Job
 
-OFF = {
+OFF: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
     "logging_strategy": "no",

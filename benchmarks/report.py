@@ -18,6 +18,8 @@ def scaled(value: float, unit: str) -> str:
         return f"{value:.3f}"
     if unit == "s":
         return f"{value:.2f} s" if abs(value) >= 1 else f"{value * 1000:.3g} ms"
+    if unit == "us" and abs(value) >= 0.01:
+        return f"{value * 1000:.1f} ms"
     factor, name = SCALE[unit]
     value *= factor
     digits = f"{value:.3f}" if unit == "x" else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -76,8 +77,11 @@ def in_process(workload: str, cases: list[str], peer: str, quick: bool) -> dict[
         answer = request.with_name("answer.json")
         if code == 0 and answer.exists():
             return json.loads(answer.read_text())
-    last = next((line for line in reversed(printed.splitlines()) if line.strip()), f"exit code {code}")
-    return {case: {"failed": last.strip()[-300:]} for case in cases}
+    lines = [line.strip() for line in printed.splitlines() if line.strip()] or [f"exit code {code}"]
+    why = next(
+        (line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)), lines[-1]
+    )
+    return {case: {"failed": why[:300]} for case in cases}
 
 
 def on_a_terminal(command: list[str], folder: str) -> tuple[int, str]:

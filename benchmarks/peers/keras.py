@@ -41,7 +41,7 @@ def train(job: Job) -> None:
         callbacks = [keras.callbacks.CSVLogger(job.folder / "log.csv")]
         callbacks.append(keras.callbacks.ModelCheckpoint(job.folder / "last.weights.h5", save_weights_only=True))
     job.clock.enter()
-    batches = (pair for pair in job.batches)  # an iterable of one's own is no kind of data that it knows
+    batches = (tuple(pair) for pair in job.batches)  # it knows generators of tuples, and no iterable of one's own
     verbose = "auto" if job.defaults else 0
     model.fit(batches, epochs=1, steps_per_epoch=len(job.batches), verbose=verbose, callbacks=callbacks)
 

@@ -11,7 +11,7 @@ from benchmarks.training import train, warm_up_torch
 from benchmarks.workloads import cnn, transformer
 
 TITLE = "(g) Peak resident memory over what is there before fit"
-ROUNDS = (2, 1)
+ROUNDS = (3, 1)
 PEAK = Metric("peak", "peak over the baseline", "MB")
 CASES = [
     Case("cnn", "the CNN of (c)", ALL, (PEAK,), same_work=False),

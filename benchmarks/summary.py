@@ -88,15 +88,19 @@ def per_scalar(cases: dict[str, dict[str, Answers]]) -> list[Block]:
     for case, scalars in (("one", 1), ("five", 5)):
         rows = []
         for peer in PEERS:
-            with_log, without = (by_round(cases[name].get(peer, []), "cpu") for name in (case, "none"))
-            by_hand = by_round(cases["none"].get("hand", []), "cpu")
-            rounds = [number for number in with_log if number in without and number in by_hand]
-            added = [100 * (with_log[r] - without[r]) / scalars / by_hand[r] for r in rounds]
+            logging, silent = (ratios_to_hand(cases[name], peer) for name in (case, "none"))
+            added = [100 * (logging[r] - silent[r]) / scalars for r in logging if r in silent]
             if peer != "hand" and added:
                 rows.append(Row(peer, spread_of(added), None))
         if rows:
             blocks.append(Block("logging", case, f"{case} logged", PER_SCALAR, rows))
     return blocks
+
+
+def ratios_to_hand(answers: dict[str, Answers], peer: str) -> dict[int, float]:
+    """A step's CPU time over that of the loop by hand, by round."""
+    by_hand, theirs = (by_round(answers.get(name, []), "cpu") for name in ("hand", peer))
+    return {number: value / by_hand[number] for number, value in theirs.items() if number in by_hand}
 
 
 def compare_work(results: dict[str, Any], workloads: dict[str, ModuleType]) -> list[str]:

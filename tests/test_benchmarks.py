@@ -116,8 +116,8 @@ def test_what_a_scalar_adds_is_counted_in_steps_by_hand() -> None:
     summary = importlib.import_module("benchmarks.summary")
     cases = {
         "none": {"hand": [answer(0, 1.0)], "trainkit": [answer(0, 1.1)]},
-        "one": {"trainkit": [answer(0, 1.15)]},
-        "five": {"trainkit": [answer(0, 1.2)]},
+        "one": {"hand": [answer(0, 2.0)], "trainkit": [answer(0, 2.3)]},  # the machine was slower then
+        "five": {"hand": [answer(0, 1.0)], "trainkit": [answer(0, 1.2)]},
     }
     assert [block.row("trainkit").value.median for block in summary.per_scalar(cases)] == pytest.approx([5, 2])
 

@@ -29,7 +29,10 @@ def scaled(value: float, unit: str) -> str:
 def ratio_text(spread: Spread | None) -> tuple[str, str]:
     if spread is None:
         return "", ""
-    return f"{spread.median:.3f}", f"{spread.least:.3f} to {spread.most:.3f}"
+    middle, least, most = (
+        f"{value:.3f}" if value >= 0.1 else f"{value:.1g}" for value in (spread.median, spread.least, spread.most)
+    )
+    return middle, f"{least} to {most}"
 
 
 def value_range(row: Row, metric: Metric) -> str:

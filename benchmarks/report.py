@@ -107,6 +107,10 @@ def page(report: dict[str, Any], titles: dict[str, str], blocks: Sequence[Block]
         lines.append(f"| {verdict['bar']} | {sign} {scaled(verdict['limit'], unit)} | {value} | {word} |")
     lines += [
         "",
+        "The bars of (f) end where the first step begins. In a fresh process torch imports its compiler, a second of "
+        "CPU time, and trainkit puts that off into the first update: it is not saved. The tables of (f) have both, "
+        "and in those to the first update done it is in everybody's numbers.",
+        "",
         "Python calls in a step, and reads of the device between log points, are counted exactly: by the tests.",
         "",
     ]

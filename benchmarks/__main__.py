@@ -16,7 +16,7 @@ from benchmarks.bars import judge
 from benchmarks.machine import CHECKOUT, describe_machine, find_commit, find_versions
 from benchmarks.peers import PEERS
 from benchmarks.plot import draw
-from benchmarks.report import bars_text, page, table
+from benchmarks.report import bars_text, page, table, wrapped
 from benchmarks.runner import missing_peers, run_workload
 from benchmarks.summary import as_data, compare_work, summarise
 from benchmarks.workloads import NAMES
@@ -123,7 +123,7 @@ def write(
     print(bars_text(report["bars"]))
     if report["quick"]:
         print("  This was a quick run: its numbers mean nothing, and so do its verdicts.")
-    print("\n".join(["", *report["work"], *report["problems"]]))
+    print("\n".join(["", *map(wrapped, report["work"]), *map(wrapped, report["problems"])]))
     if not report["plot"]:
         print("No picture: pip install matplotlib, and measure one of mlp, logging, cnn, transformer, data.")
     print(f"\nWritten to {out}: results.json, README.md{', results.png' if report['plot'] else ''}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -64,7 +65,12 @@ def verdict_line(verdict: dict[str, Any]) -> str:
 
 
 def bars_text(verdicts: Sequence[dict[str, Any]]) -> str:
-    return "\n".join(["", "Bars", *(f"  {verdict_line(verdict)}" for verdict in verdicts)])
+    return "\n".join(["", "Bars", *(wrapped(f"  {verdict_line(verdict)}") for verdict in verdicts)])
+
+
+def wrapped(line: str) -> str:
+    """The line, broken so that it fits a terminal of 80 columns."""
+    return textwrap.fill(line, 79, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def page(report: dict[str, Any], titles: dict[str, str], blocks: Sequence[Block]) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, MapDataPipe
 
 from trainkit.data.failure import named
-from trainkit.data.indexed import Indexed
+from trainkit.data.indexed import Indexed, alone, in_memory
 from trainkit.data.samplers import length_of, sampler_of, set_epoch
 from trainkit.data.seeding import kept
 from trainkit.data.served import ByIndex
@@ -31,7 +31,7 @@ from trainkit.random import derived_seed, draw_seed
 class Batches:
     """Give batches with their index and whether they are the last, epoch by epoch, from any batch on.
 
-    It looks one batch ahead: what it is made of may yield less than it claims.
+    It looks one batch ahead where what it is made of may yield less than it claims.
     """
 
     name: str
@@ -55,6 +55,11 @@ class Batches:
     def parts(self) -> list[Loader]:
         """The loaders that it takes batches from."""
         return []
+
+    @property
+    def promised(self) -> float:
+        """How many batches an epoch that begins now gives for sure."""
+        return 0
 
     def open(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of an epoch."""
@@ -96,6 +101,11 @@ class Batches:
         if self.fetching is not None:
             batches = self.fetching(batches)
         index = start
+        if self.promised >= limit:  # nobody has to look ahead, or hold a batch while the next one is made
+            while index < limit:
+                yield index, next(batches), index + 1 == limit
+                index += 1
+            return
         batch = next(batches, batches)
         if batch is batches:
             if start == 0:
@@ -107,6 +117,7 @@ class Batches:
                 break
             yield index, batch, False
             batch, index = following, index + 1
+            del following
         if index + 1 < limit and self.claimed != math.inf and not self._warned:
             self._warned = True
             warn(
@@ -196,17 +207,25 @@ class Loader(Batches):
         """This very loader."""
         return [self]
 
+    @property
+    def promised(self) -> float:
+        """How many batches an epoch that begins now gives for sure."""
+        followed = self.remembered is not None or self.begun is not None  # their states are a batch behind
+        return 0 if self.indexed is None or followed else self.indexed.promised
+
     def _adapt(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         """Return a copy of the DataLoader that goes through it from any batch on, or as near to that as it can."""
         given = getattr(sampler_of(loader), "generator", None) or loader.generator
         if isinstance(given, torch.Generator) or self.seed is None:
             self.seed = draw_seed(given)
-        if loader.num_workers > 0:
+        workers = loader.num_workers > 0 and not in_memory(loader)
+        if workers:
             self._crew = Crew(loader, self.name)
         elif has_state(loader.dataset):
             self.remembered = Remembered(loader.dataset)
         if not isinstance(loader.dataset, (IterableDataset, MapDataPipe)):
-            self.indexed = Indexed(loader, self.name, self.seed or 0, self._crew)
+            source = loader if workers else alone(loader)
+            self.indexed = Indexed(source, self.name, self.seed or 0, self._crew)
             sampler = stateful_sampler(loader)
             self.begun = Begun(sampler) if sampler is not None else None
             return self.indexed.loader

@@ -16,8 +16,10 @@ from torch.utils.data import default_collate, default_convert, get_worker_info
 
 from trainkit.data.failure import Failure, from_signal, named
 from trainkit.data.order import Placed
-from trainkit.data.seeding import MASK, ODD, give_back, moved, seed_all, sources, states
+from trainkit.data.seeding import MASK, ODD, seed_all, sources
 from trainkit.data.served import takes_batches
+from trainkit.data.stacking import collate_of
+from trainkit.data.standing import Standing, standing
 from trainkit.data.whole import as_indices, gather_of
 
 PROBED = 128
@@ -73,6 +75,7 @@ class Fetch:
         self._samples: list[Any] | None = None  # of the batch that is being loaded; None while it is collated
         self._nothing: list[Any] = []  # the indices that the data set returned None for
         self._gather = gather_of(self.dataset, self.collate_fn)
+        self._collate = collate_of(self.collate_fn)
 
     def _sort(self) -> None:
         """Work out which sources are seeded when, and which are watched: those that nobody has drawn from."""
@@ -97,7 +100,7 @@ class Fetch:
         if get_worker_info() is None:
             return Fetched(self.here(places, single))
         try:
-            return Fetched(self._batch(places, single, states()))
+            return Fetched(self._batch(places, single, standing()))
         except BaseException as error:  # SystemExit, too: the main process would see a worker that is gone
             failed = self._named(error, places)
             if not self.hand_over:
@@ -106,7 +109,7 @@ class Fetch:
 
     def here(self, places: Placed, single: bool = False) -> Any:
         """Return the batch or the sample itself, loaded in this process, whose own random state stays as it is."""
-        outside = states() if self.draws or self.collate_draws else None
+        outside = standing() if self.draws or self.collate_draws else None
         self._untouched = False
         try:
             return self._batch(places, single, outside)
@@ -119,9 +122,9 @@ class Fetch:
             raise failed from error
         finally:
             if outside is not None and not self._untouched:
-                give_back(outside)
+                outside.give_back()
 
-    def _batch(self, places: Placed, single: bool, outside: list[Any] | None) -> Any:
+    def _batch(self, places: Placed, single: bool, outside: Standing | None) -> Any:
         if self._gather is not None:
             try:
                 return self._gather(as_indices(places))
@@ -130,10 +133,10 @@ class Fetch:
         if self._probed < PROBED:
             return self._probe(places, single)
         samples = self._load(places)
-        if self._watched_in_loading and outside is not None and moved(self._watched_in_loading, outside):
+        if self._watched_in_loading and outside is not None and outside.moved(self._watched_in_loading):
             return self._probe(places, single)
         batch = self._put_together(samples, places, single)
-        if self._watched and outside is not None and moved(self._watched, outside):
+        if self._watched and outside is not None and outside.moved(self._watched):
             return self._probe(places, single)
         self._untouched = not self._in_loading and not self._in_collating
         return batch
@@ -143,7 +146,7 @@ class Fetch:
         for seed in self._collate_seeds:
             seed((places.seed + places.places.start * ODD + 1) & MASK)
         try:
-            return self.collate_fn(samples[0] if single else samples)
+            return self._collate(samples[0] if single else samples)
         except Exception:
             self._nothing = [i for i, sample in zip(places, samples, strict=False) if sample is None]
             raise
@@ -184,20 +187,20 @@ class Fetch:
         self._samples = samples
         for index, place in zip(places, places.places, strict=True):
             seed_all((places.seed + place * ODD) & MASK)
-            before = states()
+            before = standing()
             if self.by_batch:
                 samples = self.dataset.__getitems__(places[:])
             else:
                 samples.append(self.dataset[index])
-            self._in_loading += [at for at in moved((0, 1, 2), before) if at not in self._in_loading]
+            self._in_loading += [at for at in before.moved((0, 1, 2)) if at not in self._in_loading]
             if self.by_batch:
                 break
         if self.collate_draws:
             self._collate_seeds = [source.seed for source in sources()]
             seed_all((places.seed + places.places.start * ODD + 1) & MASK)
-        before = states()
+        before = standing()
         batch = self._put_together(samples, places, single)
-        self._in_collating += [at for at in moved((0, 1, 2), before) if at not in self._in_collating]
+        self._in_collating += [at for at in before.moved((0, 1, 2)) if at not in self._in_collating]
         self._probed += len(places)
         self._sort()
         return batch

@@ -106,7 +106,7 @@ class Indexed:
         """Load batches in this process, without what torch's own iteration does around each."""
         asked: Any = self.loader.batch_sampler
         if asked is None:
-            batches = map(self.fetch.here, iter(self.loader.sampler), itertools.repeat(True))  # type: ignore[call-overload]
+            batches = map(self.fetch.here, iter(self.loader.sampler), itertools.repeat(True))
         elif gather_of(self.source.dataset, self.source.collate_fn) is not None and self.asked.size is not None:
             whole = Whole(self.source.dataset, self.source.collate_fn, start, self._one_by_one)
             batches = map(whole, asked.whole())

@@ -72,11 +72,11 @@ class Permutation:
             size = min(2 * size, LARGEST_BLOCK)
 
     def batches(self, start: int, stop: int, size: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the indices at positions start to stop in tensors of `size`, many at a time; the last may be smaller."""
+        """Yield the indices at positions start to stop in tensors of `size`, many at once; the last may be smaller."""
         count, stop = max(1, FIRST_BLOCK // size), min(stop, self.n)
         while start < stop:
             end = min(start + count * size, stop)
-            yield self.between(start, end).split(size)
+            yield torch.split(self.between(start, end), size)
             start, count = end, min(2 * count, MOST_BATCHES, max(1, LARGEST_BLOCK // size))
 
     def between(self, start: int, stop: int) -> Tensor:

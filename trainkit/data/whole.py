@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset, default_collate
-from torch.utils.data._utils.collate import default_collate_fn_map
+from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
+
+from trainkit.data.stacking import is_default
 
 Gather = Callable[[Tensor], Any]
-TORCHS_OWN = dict(default_collate_fn_map)
-"""How default_collate puts things together, unless somebody has changed that since."""
 NOTHING = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
@@ -33,9 +32,7 @@ def gather_of(dataset: Any, collate_fn: Any) -> Gather | None:
 
     A gather raises when it can't take the indices, and whoever called it loads them one by one.
     """
-    if collate_fn is not default_collate or default_collate_fn_map != TORCHS_OWN:
-        return None
-    return _gather(dataset)
+    return _gather(dataset) if is_default(collate_fn) else None
 
 
 class Whole:

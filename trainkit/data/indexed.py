@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
+    MapDataPipe,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -30,6 +34,8 @@ from trainkit.data.fetch import Collate, Fetch
 from trainkit.data.order import DealtOrder, EpochOrder, Placed, PlacedBatches, PlacedSamples, SamplerOrder
 from trainkit.data.samplers import draws_nothing, length_of, sampler_of, set_epoch
 from trainkit.data.served import Served
+from trainkit.data.stateful import has_state
+from trainkit.data.unchanged import Snapshot
 from trainkit.data.whole import Whole, gather_of
 from trainkit.data.workers import Crew
 
@@ -38,6 +44,11 @@ ALONE = {
     "_DataLoader__multiprocessing_context": None,
 }  # fmt: skip
 PAGEABLE = {"pin_memory": False}
+FOR_WORKERS = (
+    "dataset", "collate_fn", "num_workers", "prefetch_factor", "pin_memory", "timeout", "multiprocessing_context",
+    "worker_init_fn", "in_order", "drop_last", "batch_size", "persistent_workers",
+)  # fmt: skip
+"""What of a DataLoader its workers are made of."""
 
 
 class Indexed:
@@ -48,9 +59,10 @@ class Indexed:
         name: how messages call it.
         seed: what its order and its data's random numbers are drawn from.
         crew: its worker processes, None without.
+        keep: keep the workers from one epoch to the next, and let them start early, where nobody can tell.
     """
 
-    def __init__(self, source: DataLoader[Any], name: str, seed: int, crew: Crew | None) -> None:
+    def __init__(self, source: DataLoader[Any], name: str, seed: int, crew: Crew | None, keep: bool = False) -> None:
         self.source, self.name, self.crew = source, name, crew
         self.order = order_of(source, seed)
         self.batch_size = 1
@@ -62,6 +74,14 @@ class Indexed:
         self.fetch = Fetch(
             source.dataset, source.collate_fn, name, hand_over=self.standard, draws=not draws_nothing(source)
         )
+        self.keeps = keep and self.standard and crew is not None and not source.persistent_workers
+        """Whether workers go on into the next epoch as long as the data are what they were, though nobody said so."""
+        if source.worker_init_fn is not None or has_state(source.dataset):  # these are to see each epoch begin
+            self.keeps = False
+        self._known: Snapshot | None = None  # what the workers know of the data
+        self._made_of = [getattr(source, name) for name in FOR_WORKERS]
+        self._early: tuple[Any, Iterator[Any]] | None = None  # an epoch that workers load already
+        self._idle = False  # whether the workers were started, and nothing was asked of them
         self._generator = torch.Generator()
         self.loader = copy.copy(source)
         self._replace(vars(self.loader))  # DataLoader refuses assignment to most of these after its construction
@@ -98,9 +118,13 @@ class Indexed:
         order.epoch, order.lap, order.start = epoch, lap, start * self.batch_size
         if self.crew is None and self.standard:
             return self._here(start)
-        self._generator.manual_seed(order.epoch_seed())
-        batches = iter(self.loader)
-        return batches if self.crew is None else self._sent(self.crew, batches, start)
+        if self.crew is None:
+            self._generator.manual_seed(order.epoch_seed())
+            return iter(self.loader)
+        early, self._early = self._early, None
+        if early is not None and early[0] == self._place() and self._up_to_date():
+            return self._sent(self.crew, early[1], start, too_early=True)
+        return self._sent(self.crew, self._begun(), start)
 
     def _here(self, start: int) -> Iterator[Any]:
         """Load batches in this process, without what torch's own iteration does around each."""
@@ -120,10 +144,87 @@ class Indexed:
         places = order.positions(first, first + len(indices))
         return self.fetch.here(Placed(indices, places, batch_idx, order.epoch, order.epoch_seed()))
 
-    def _sent(self, crew: Crew, batches: Iterator[Any], start: int) -> Iterator[Any]:
+    # ------------------------------------------------------------------ workers
+    def muster(self) -> None:
+        """Start the workers: they have nothing to load yet."""
+        self.asked.idle = True
+        try:
+            self._try_early(None)
+        finally:
+            self.asked.idle = False
+
+    def prepare(self, epoch: int, start: int) -> None:
+        """Start the workers, and let them load from batch `start` of an epoch on, which is about to begin."""
+        if self.order.known and math.isfinite(start):
+            self.order.epoch, self.order.lap, self.order.start = epoch, 0, start * self.batch_size
+            self._try_early(self._place())
+
+    def _try_early(self, place: Any) -> None:
+        """Begin before it is time. What goes wrong goes wrong again when it is, and is told of then."""
+        if not self.keeps:
+            return
+        try:
+            early = self._begun()
+            self._early = (place, early) if place is not None and self.keeps else None
+        except Exception:
+            self.dismiss()
+
+    def _place(self) -> Any:
+        order = self.order
+        return order.epoch, order.lap, order.start, order.seed, len(order)
+
+    def _begun(self) -> Iterator[Any]:
+        """Begin an epoch with the workers there are, if they have the data as they are now; else with new ones."""
+        attributes = vars(self.loader)
+        if self.keeps and not self._up_to_date():
+            self.dismiss()
+            self._known = Snapshot(self.source.dataset, self.source.collate_fn)
+            self.keeps = attributes["persistent_workers"] = self._known.whole
+        if self._idle and not self.asked.idle:
+            self._idle = False
+            return self._set_going(attributes["_iterator"])
+        self._generator.manual_seed(self.order.epoch_seed())
+        self._idle = self.asked.idle
+        return iter(self.loader)
+
+    def _set_going(self, running: Any) -> Iterator[Any]:
+        """Ask workers that have been idle until now; torch would wait until all of them have started."""
+        running._sampler_iter = iter(running._index_sampler)
+        for _ in range(running._prefetch_factor * running._num_workers):
+            running._try_put_index()
+        batches: Iterator[Any] = running
+        return batches
+
+    def _up_to_date(self) -> bool:
+        there = self._known is not None and self.crew is not None and self.crew.complete()
+        return there and self._known is not None and self._known.same()
+
+    def dismiss(self) -> None:
+        """End the workers."""
+        self._early, self._known, self._idle = None, None, False
+        vars(self.loader)["_iterator"] = None
+
+    def take_over(self, other: Indexed) -> None:
+        """Take the workers that another one of the same DataLoader has mustered, if they are what these would be."""
+        running: Any = vars(other.loader)["_iterator"]
+        alike = all(map(is_, self._made_of, other._made_of))
+        if self.keeps and self.crew is not None and running is not None and alike and other._up_to_date():
+            self.crew, self._known, self._idle = other.crew, other._known, other._idle
+            other.crew.serve(self.loader)  # type: ignore[union-attr]
+            running._index_sampler = self.asked
+            vars(self.loader).update(_iterator=running, persistent_workers=True)
+        del running
+        other.dismiss()
+
+    def _sent(self, crew: Crew, batches: Iterator[Any], start: int, too_early: bool = False) -> Iterator[Any]:
         """Give what worker processes send, and raise the errors among it."""
-        while True:
+        for index in itertools.count(start):
             batch = crew.receive(batches, self.asked.asked, start)
+            if type(batch) is Failure and too_early:  # what it needs may not have been there yet
+                self.dismiss()
+                too_early, start, self.order.start = False, index, index * self.batch_size
+                batches = self._begun()
+                batch = crew.receive(batches, self.asked.asked, start)
             if batch is batches:
                 return
             if type(batch) is Failure:
@@ -189,6 +290,13 @@ def in_memory(loader: DataLoader[Any]) -> bool:
     """Whether batches are gathered faster than a worker could send them, and nobody is told of workers."""
     own = is_standard(loader) and type(loader.batch_sampler) is BatchSampler and loader.worker_init_fn is None
     return own and gather_of(loader.dataset, loader.collate_fn) is not None
+
+
+def has_workers(source: Any) -> bool:
+    """Whether what fit was given is a DataLoader whose batches worker processes load, by their indices."""
+    if not isinstance(source, DataLoader) or has_state(source) or not source.num_workers or in_memory(source):
+        return False
+    return not isinstance(source.dataset, (IterableDataset, MapDataPipe))
 
 
 def pinning(loader: DataLoader[Any]) -> Callable[[Any], Any] | None:

@@ -65,6 +65,11 @@ class Batches:
         """Return an iterator that begins with batch `start` of an epoch."""
         return iter(())
 
+    def prepare(self, epoch: int, start: int = 0) -> None:
+        """Let workers load what begins with batch `start` of an epoch, before anybody asks for it."""
+        for part in self.parts if start == 0 else ():
+            part.prepare(epoch)
+
     def places(self, batch_idx: int) -> list[tuple[int, int] | None]:
         """Return which batch of its data each part gives to a batch, and in which lap; None for one that is over."""
         return [(batch_idx, 0)] * len(self.parts)
@@ -160,6 +165,8 @@ class Loader(Batches):
         may_be_empty: a length of 0 is no error.
         seed: what its order and its data's augmentation are drawn from, unless the DataLoader has a generator; None
             draws one from torch's.
+        keep: keep workers from one epoch to the next, where nobody can tell.
+        mustered: has workers for this source already.
 
     Raises:
         TypeError: the source is not iterable.
@@ -175,6 +182,8 @@ class Loader(Batches):
         argument: str,
         may_be_empty: bool = False,
         seed: int | None = None,
+        keep: bool = False,
+        mustered: Indexed | None = None,
     ) -> None:
         super().__init__(name)
         samples = isinstance(source, Dataset) and not isinstance(source, Iterable)
@@ -195,12 +204,14 @@ class Loader(Batches):
         self._by_index: ByIndex | None = None  # the data set of a DataLoader that keeps its own order
         self.iterable: Any = source
         if isinstance(source, DataLoader) and self.remembered is None:  # StatefulDataLoader has an order of its own
-            self.iterable = self._adapt(source)
+            self.iterable = self._adapt(source, keep, mustered)
         elif isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
             self._by_index = ByIndex(source.dataset, name)
         self.claimed = length_of(self.iterable)
         self.num_batches = limited(self.claimed, limit, name, argument, may_be_empty)
         self._resumed = False
+        if mustered is not None:
+            mustered.dismiss()
 
     @property
     def parts(self) -> list[Loader]:
@@ -213,7 +224,7 @@ class Loader(Batches):
         followed = self.remembered is not None or self.begun is not None  # their states are a batch behind
         return 0 if self.indexed is None or followed else self.indexed.promised
 
-    def _adapt(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+    def _adapt(self, loader: DataLoader[Any], keep: bool, mustered: Indexed | None) -> DataLoader[Any]:
         """Return a copy of the DataLoader that goes through it from any batch on, or as near to that as it can."""
         given = getattr(sampler_of(loader), "generator", None) or loader.generator
         if isinstance(given, torch.Generator) or self.seed is None:
@@ -225,7 +236,10 @@ class Loader(Batches):
             self.remembered = Remembered(loader.dataset)
         if not isinstance(loader.dataset, (IterableDataset, MapDataPipe)):
             source = loader if workers else alone(loader)
-            self.indexed = Indexed(source, self.name, self.seed or 0, self._crew)
+            self.indexed = Indexed(source, self.name, self.seed or 0, self._crew, keep)
+            if mustered is not None:
+                self.indexed.take_over(mustered)
+                self._crew = self.indexed.crew
             sampler = stateful_sampler(loader)
             self.begun = Begun(sampler) if sampler is not None else None
             return self.indexed.loader
@@ -236,6 +250,11 @@ class Loader(Batches):
         if self._crew is not None:
             self._crew.serve(adapted)
         return adapted
+
+    def prepare(self, epoch: int, start: int = 0) -> None:
+        """Let workers load what begins with batch `start` of an epoch, before anybody asks for it."""
+        if self.indexed is not None and self.remembered is None and self.begun is None:
+            self.indexed.prepare(epoch, start)
 
     def open(self, epoch: int, start: int = 0, lap: int = 0) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of a lap of an epoch."""
@@ -347,7 +366,9 @@ class Loader(Batches):
 
     def close(self) -> None:
         """Stop persistent workers."""
-        if self.iterable is not self.source:
+        if self.indexed is not None:
+            self.indexed.dismiss()
+        elif self.iterable is not self.source:
             vars(self.iterable)["_iterator"] = None
 
     def continue_order(self, before: Loader) -> None:

@@ -194,6 +194,8 @@ class PlacedBatches(BatchSampler):
         self.batch_size = batch_size or 1
         self.asked: deque[Placed] = deque(maxlen=ahead)
         """The batches that were asked for last."""
+        self.idle = False
+        """Whether there is nothing to ask for yet."""
 
     def __len__(self) -> int:
         if self.size is None:
@@ -203,6 +205,8 @@ class PlacedBatches(BatchSampler):
 
     def __iter__(self) -> Iterator[Placed]:
         self.asked.clear()
+        if self.idle:
+            return iter(())
         order = self.order.at(self.order.epoch, self.order.lap, self.order.start)  # where it stands now
         self.order.used = True
         return self._batches(order) if self.size is not None else self._whole_batches(order)

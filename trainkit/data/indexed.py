@@ -202,6 +202,8 @@ class Indexed:
     def dismiss(self) -> None:
         """End the workers."""
         self._early, self._known, self._idle = None, None, False
+        if self.crew is not None:
+            self.crew.end()
         vars(self.loader)["_iterator"] = None
 
     def take_over(self, other: Indexed) -> None:
@@ -213,6 +215,7 @@ class Indexed:
             other.crew.serve(self.loader)  # type: ignore[union-attr]
             running._index_sampler = self.asked
             vars(self.loader).update(_iterator=running, persistent_workers=True)
+            other.crew = None
         del running
         other.dismiss()
 

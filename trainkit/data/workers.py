@@ -132,6 +132,12 @@ class Crew:
         iterator = self._iterator()
         return iterator is not None and not iterator._shutdown and all(map(_is_alive, iterator._workers))
 
+    def end(self) -> None:
+        """End the workers, though an error may still hold on to who waited for them."""
+        iterator = self._iterator()
+        if iterator is not None:
+            iterator._shutdown_workers()
+
     def receive(self, batches: Iterator[Any], asked: Iterable[Placed] = (), first: int = 0) -> Any:
         """Return the next batch, or the iterator itself at its end; a worker that died is noticed at once.
 

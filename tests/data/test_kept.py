@@ -104,7 +104,7 @@ def test_what_a_hook_changes_is_seen_by_the_workers_of_the_next_epoch(when: str)
     data = Scaled()
     here = fitted(loader_of(data, num_workers=0), loader_of(Scaled(), num_workers=0, shuffle=False), [Scales()])
     assert module.scales == here.scales
-    assert {1.0, 2.0} <= set(sum(module.scales, []))
+    assert {1.0, 2.0} <= {scale for scales in module.scales for scale in scales}
     assert len(set().union(*module.workers)) == 4  # new ones for the change, and only then
 
 

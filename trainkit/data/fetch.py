@@ -54,11 +54,19 @@ class Fetch:
         name: how messages call the loader.
         hand_over: give an error back as a `Failure`, which whoever receives the batch raises.
         draws: whether the data set may draw random numbers.
+        pinned: put batches together in pinned memory where that is free; not in worker processes.
     """
 
     def __init__(
-        self, dataset: Any, collate_fn: Callable[[Any], Any], name: str, hand_over: bool = False, draws: bool = True
+        self,
+        dataset: Any,
+        collate_fn: Callable[[Any], Any],
+        name: str,
+        hand_over: bool = False,
+        draws: bool = True,
+        pinned: bool = False,
     ) -> None:
+        self.pinned = pinned
         self.dataset, self.collate_fn, self.name, self.hand_over, self.draws = (
             dataset, collate_fn, name, hand_over, draws
         )  # fmt: skip
@@ -75,7 +83,7 @@ class Fetch:
         self._samples: list[Any] | None = None  # of the batch that is being loaded; None while it is collated
         self._nothing: list[Any] = []  # the indices that the data set returned None for
         self._gather = gather_of(self.dataset, self.collate_fn)
-        self._collate = collate_of(self.collate_fn)
+        self._collate = collate_of(self.collate_fn, self.pinned)
 
     def _sort(self) -> None:
         """Work out which sources are seeded when, and which are watched: those that nobody has drawn from."""
@@ -88,7 +96,7 @@ class Fetch:
         self._watched = [at for at in (0, 1, 2) if may and at not in loading and at not in collating]
 
     def __getstate__(self) -> dict[str, Any]:
-        plain = {"dataset", "collate_fn", "name", "hand_over", "draws", "by_batch", "collate_draws"}
+        plain = {"dataset", "collate_fn", "name", "hand_over", "draws", "by_batch", "collate_draws", "pinned"}
         return {name: value for name, value in vars(self).items() if name in plain}  # sources lie in one process
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from trainkit.data.fetch import Collate, Fetch
 from trainkit.data.order import DealtOrder, EpochOrder, Placed, PlacedBatches, PlacedSamples, SamplerOrder
 from trainkit.data.samplers import draws_nothing, length_of, sampler_of, set_epoch
 from trainkit.data.served import Served
+from trainkit.data.stacking import is_default
 from trainkit.data.stateful import has_state
 from trainkit.data.unchanged import Snapshot
 from trainkit.data.whole import Whole, gather_of
@@ -60,9 +61,12 @@ class Indexed:
         seed: what its order and its data's random numbers are drawn from.
         crew: its worker processes, None without.
         keep: keep the workers from one epoch to the next, and let them start early, where nobody can tell.
+        pinned: bring batches into pinned memory, for a CUDA device, where that is free and nobody can tell.
     """
 
-    def __init__(self, source: DataLoader[Any], name: str, seed: int, crew: Crew | None, keep: bool = False) -> None:
+    def __init__(
+        self, source: DataLoader[Any], name: str, seed: int, crew: Crew | None, keep: bool = False, pinned: bool = False
+    ) -> None:
         self.source, self.name, self.crew = source, name, crew
         self.order = order_of(source, seed)
         self.batch_size = 1
@@ -72,13 +76,19 @@ class Indexed:
         self.asked: PlacedBatches
         """What is asked of the data set."""
         self.fetch = Fetch(
-            source.dataset, source.collate_fn, name, hand_over=self.standard, draws=not draws_nothing(source)
+            source.dataset,
+            source.collate_fn,
+            name,
+            hand_over=self.standard,
+            draws=not draws_nothing(source),
+            pinned=pinned and crew is None,
         )
         self.keeps = keep and self.standard and crew is not None and not source.persistent_workers
         """Whether workers go on into the next epoch as long as the data are what they were, though nobody said so."""
         if source.worker_init_fn is not None or has_state(source.dataset):  # these are to see each epoch begin
             self.keeps = False
         self._known: Snapshot | None = None  # what the workers know of the data
+        self.pinned = pinned and is_default(source.collate_fn)
         self._made_of = [getattr(source, name) for name in FOR_WORKERS]
         self._early: tuple[Any, Iterator[Any]] | None = None  # an epoch that workers load already
         self._idle = False  # whether the workers were started, and nothing was asked of them
@@ -104,6 +114,8 @@ class Indexed:
         if self.crew is not None or not self.standard:
             attributes["dataset"] = Served(source.dataset, self.fetch)
             attributes["collate_fn"] = Collate(source.collate_fn)
+        if self.crew is not None and self.pinned and self.standard:
+            attributes["pin_memory"] = True  # by a thread of torch's
 
     @property
     def promised(self) -> float:
@@ -132,7 +144,7 @@ class Indexed:
         if asked is None:
             batches = map(self.fetch.here, iter(self.loader.sampler), itertools.repeat(True))
         elif gather_of(self.source.dataset, self.source.collate_fn) is not None and self.asked.size is not None:
-            whole = Whole(self.source.dataset, self.source.collate_fn, start, self._one_by_one)
+            whole = Whole(self.source.dataset, self.source.collate_fn, start, self._one_by_one, self.pinned)
             batches = map(whole, asked.whole())
         else:
             batches = map(self.fetch.here, iter(asked))

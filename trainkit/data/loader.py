@@ -167,6 +167,7 @@ class Loader(Batches):
             draws one from torch's.
         keep: keep workers from one epoch to the next, where nobody can tell.
         mustered: has workers for this source already.
+        pinned: bring batches into pinned memory, for a CUDA device, where that is free.
 
     Raises:
         TypeError: the source is not iterable.
@@ -184,6 +185,7 @@ class Loader(Batches):
         seed: int | None = None,
         keep: bool = False,
         mustered: Indexed | None = None,
+        pinned: bool = False,
     ) -> None:
         super().__init__(name)
         samples = isinstance(source, Dataset) and not isinstance(source, Iterable)
@@ -204,7 +206,7 @@ class Loader(Batches):
         self._by_index: ByIndex | None = None  # the data set of a DataLoader that keeps its own order
         self.iterable: Any = source
         if isinstance(source, DataLoader) and self.remembered is None:  # StatefulDataLoader has an order of its own
-            self.iterable = self._adapt(source, keep, mustered)
+            self.iterable = self._adapt(source, keep, mustered, pinned)
         elif isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
             self._by_index = ByIndex(source.dataset, name)
         self.claimed = length_of(self.iterable)
@@ -224,7 +226,7 @@ class Loader(Batches):
         followed = self.remembered is not None or self.begun is not None  # their states are a batch behind
         return 0 if self.indexed is None or followed else self.indexed.promised
 
-    def _adapt(self, loader: DataLoader[Any], keep: bool, mustered: Indexed | None) -> DataLoader[Any]:
+    def _adapt(self, loader: DataLoader[Any], keep: bool, mustered: Indexed | None, pinned: bool) -> DataLoader[Any]:
         """Return a copy of the DataLoader that goes through it from any batch on, or as near to that as it can."""
         given = getattr(sampler_of(loader), "generator", None) or loader.generator
         if isinstance(given, torch.Generator) or self.seed is None:
@@ -236,7 +238,7 @@ class Loader(Batches):
             self.remembered = Remembered(loader.dataset)
         if not isinstance(loader.dataset, (IterableDataset, MapDataPipe)):
             source = loader if workers else alone(loader)
-            self.indexed = Indexed(source, self.name, self.seed or 0, self._crew, keep)
+            self.indexed = Indexed(source, self.name, self.seed or 0, self._crew, keep, pinned)
             if mustered is not None:
                 self.indexed.take_over(mustered)
                 self._crew = self.indexed.crew

@@ -10,6 +10,8 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from trainkit.data.combined import Combination, CombinedLoader, Mode, flattened, refilled
 from trainkit.data.distributed import dealt, needs_dealing
 from trainkit.data.indexed import Indexed, has_workers
@@ -147,12 +149,16 @@ class Sources:
             limits["val"] = self._limit("val")[0]
         if trainer.world_size > 1 or trainer.overfit_batches:  # these put samplers of their own into the loaders
             return
+        if trainer.strategy.device.type == "cuda":  # a thread that pins memory asks which device is the current one
+            torch.cuda.set_device(trainer.strategy.device)
         for kind, limit in limits.items():
             source = self.given.get(kind)
             leaves = flattened(source.iterables if isinstance(source, CombinedLoader) else source)
             for leaf, name in zip(leaves, _names(kind, len(leaves)), strict=True):
                 if limit and self._keeps(kind, leaves) and has_workers(leaf):
-                    mustered = self._mustered[id(leaf)] = Indexed(leaf, name, 0, Crew(leaf, name), keep=True)
+                    mustered = self._mustered[id(leaf)] = Indexed(
+                        leaf, name, 0, Crew(leaf, name), keep=True, pinned=self._pins()
+                    )
                     mustered.muster()
 
     def prepare(self) -> None:
@@ -160,6 +166,10 @@ class Sources:
         progress = self.trainer.progress
         if not self._due("train"):
             self.train.prepare(progress.epoch, progress.batch)
+
+    def _pins(self) -> bool:
+        """Whether batches go on to a CUDA device."""
+        return self.trainer.strategy.device.type == "cuda"
 
     def _keeps(self, kind: str, leaves: list[Any]) -> bool:
         """Whether workers are kept from epoch to epoch: in fit, and not those of many validation loaders at once."""
@@ -260,6 +270,7 @@ class Sources:
                 seed=derived_seed(self.seed, kind, index),
                 keep=self._keeps(kind, leaves),
                 mustered=self._mustered.pop(id(leaf), None),
+                pinned=self._pins(),
             )
             for index, (leaf, leaf_name) in enumerate(zip(leaves, _names(kind, len(leaves)), strict=True))
         ]

@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 from trainkit.data.stacking import is_default
 
 Gather = Callable[[Tensor], Any]
+Select = Callable[[Tensor, int, Tensor], Tensor]
 NOTHING = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
@@ -27,12 +28,23 @@ class Changed(Exception):
     """The data are no longer what a gather was made for."""
 
 
-def gather_of(dataset: Any, collate_fn: Any) -> Gather | None:
+def gather_of(dataset: Any, collate_fn: Any, pinned: bool = False) -> Gather | None:
     """Return what gives the batch of the samples at some indices; None where another batch might come out.
 
     A gather raises when it can't take the indices, and whoever called it loads them one by one.
+
+    Args:
+        dataset: the user's.
+        collate_fn: the user's.
+        pinned: gather into pinned memory, for a CUDA device.
     """
-    return _gather(dataset) if is_default(collate_fn) else None
+    return _gather(dataset, pinned_select if pinned else torch.index_select) if is_default(collate_fn) else None
+
+
+def pinned_select(tensor: Tensor, dim: int, indices: Tensor) -> Tensor:
+    """Select rows of a tensor of the host into pinned memory."""
+    out = torch.empty((len(indices), *tensor.shape[1:]), dtype=tensor.dtype, device="cpu", pin_memory=True)
+    return torch.index_select(tensor, dim, indices, out=out)
 
 
 class Whole:
@@ -43,13 +55,20 @@ class Whole:
         collate_fn: the user's.
         batch_idx: of the first batch.
         one_by_one: loads the batch with these indices, whose index this is, and names what fails.
+        pinned: gather into pinned memory.
     """
 
     def __init__(
-        self, dataset: Any, collate_fn: Any, batch_idx: int, one_by_one: Callable[[list[Any], int], Any]
+        self,
+        dataset: Any,
+        collate_fn: Any,
+        batch_idx: int,
+        one_by_one: Callable[[list[Any], int], Any],
+        pinned: bool = False,
     ) -> None:
         self.dataset, self.collate_fn, self.batch_idx, self.one_by_one = dataset, collate_fn, batch_idx, one_by_one
-        self.gather = gather_of(dataset, collate_fn)
+        self.pinned = pinned
+        self.gather = gather_of(dataset, collate_fn, pinned)
 
     def __call__(self, indices: Any) -> Any:
         self.batch_idx += 1
@@ -64,16 +83,16 @@ class Whole:
         else:
             with suppress(Exception):  # what a sampler gives is no tensor
                 return self.gather(as_indices(indices))  # type: ignore[misc]
-        self.gather = gather_of(self.dataset, self.collate_fn)  # the data may be others than before
+        self.gather = gather_of(self.dataset, self.collate_fn, self.pinned)  # the data may be others than before
         return self.one_by_one(indices, self.batch_idx - 1)
 
 
-def _gather(data: Any) -> Gather | None:
+def _gather(data: Any, select: Select) -> Gather | None:
     if type(data) is Tensor:
-        return _of_tensor(data)
+        return _of_tensor(data, select)
     for kind, gather in KINDS.items():
         if _loads_as(data, kind):
-            return gather(data)
+            return gather(data, select)
     return None
 
 
@@ -85,7 +104,7 @@ def _loads_as(data: Any, kind: type) -> bool:
     )
 
 
-def _of_tensor(tensor: Any) -> Gather | None:
+def _of_tensor(tensor: Any, select: Select) -> Gather | None:
     """Return the gather of one tensor; None for one that stacked rows would not look like in the end."""
     if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         return None
@@ -93,7 +112,7 @@ def _of_tensor(tensor: Any) -> Gather | None:
     if not laid_out or tensor.requires_grad or tensor.is_meta:
         return None
     if tensor.device.type == "cpu":
-        return lambda indices: tensor.index_select(0, indices)
+        return lambda indices: select(tensor, 0, indices)
 
     def gather(indices: Tensor) -> Tensor:
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(tensor):
@@ -104,16 +123,16 @@ def _of_tensor(tensor: Any) -> Gather | None:
     return gather
 
 
-def _of_tensors(data: TensorDataset) -> Gather | None:
+def _of_tensors(data: TensorDataset, select: Select) -> Gather | None:
     tensors = data.tensors
     if type(tensors) is not tuple:
         return None
-    gathers = [_of_tensor(tensor) for tensor in tensors]
+    gathers = [_of_tensor(tensor, select) for tensor in tensors]
     if data.tensors is not tensors or None in gathers:
         return None
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return _each(data, "tensors", tensors, gathers)
-    select, count, dims = torch.index_select, len(tensors), (0,) * len(tensors)
+    count, dims = len(tensors), (0,) * len(tensors)
 
     def gather(indices: Tensor) -> Any:
         if data.tensors is not tensors:
@@ -123,10 +142,10 @@ def _of_tensors(data: TensorDataset) -> Gather | None:
     return gather
 
 
-def _of_stack(data: StackDataset[Any]) -> Gather | None:
+def _of_stack(data: StackDataset[Any], select: Select) -> Gather | None:
     parts: Any = data.datasets
     if type(parts) is dict:
-        known, named = dict(parts), {name: _gather(part) for name, part in parts.items()}
+        known, named = dict(parts), {name: _gather(part, select) for name, part in parts.items()}
         if None in named.values():
             return None
 
@@ -136,7 +155,7 @@ def _of_stack(data: StackDataset[Any]) -> Gather | None:
             return {name: one(indices) for name, one in named.items()}  # type: ignore[misc]
 
         return gather
-    return _each(data, "datasets", parts, [_gather(part) for part in parts]) if type(parts) is tuple else None
+    return _each(data, "datasets", parts, [_gather(part, select) for part in parts]) if type(parts) is tuple else None
 
 
 def _each(data: Any, attribute: str, parts: Any, gathers: list[Gather | None]) -> Gather | None:
@@ -153,9 +172,9 @@ def _each(data: Any, attribute: str, parts: Any, gathers: list[Gather | None]) -
     return gather
 
 
-def _of_subset(data: Subset[Any]) -> Gather | None:
+def _of_subset(data: Subset[Any], select: Select) -> Gather | None:
     dataset, chosen = data.dataset, data.indices
-    inner, pick = _gather(dataset), _picker(chosen)
+    inner, pick = _gather(dataset, select), _picker(chosen)
     if inner is None or pick is None:
         return None
 
@@ -170,7 +189,11 @@ def _of_subset(data: Subset[Any]) -> Gather | None:
 def _picker(chosen: Any) -> Gather | None:
     """Return what takes entries of a Subset's indices, as they are at that moment."""
     if type(chosen) is Tensor:
-        return _of_tensor(chosen) if chosen.dtype is torch.int64 and chosen.dim() == 1 and not chosen.is_cuda else None
+        return (
+            _of_tensor(chosen, torch.index_select)
+            if chosen.dtype is torch.int64 and chosen.dim() == 1 and not chosen.is_cuda
+            else None
+        )
     import numpy as np  # torch has imported it already when it is installed
 
     if type(chosen) is np.ndarray:
@@ -201,9 +224,9 @@ def as_indices(numbers: Iterable[Any]) -> Tensor:
     return indices
 
 
-def _of_concatenation(data: ConcatDataset[Any]) -> Gather | None:
+def _of_concatenation(data: ConcatDataset[Any], _: Select) -> Gather | None:
     parts, sizes = list(data.datasets), list(data.cumulative_sizes)
-    gathers = [_gather(part) for part in parts]
+    gathers = [_gather(part, torch.index_select) for part in parts]  # and put together after
     several = [gather for gather in gathers if gather is not None]
     try:
         alike = len({_look(gather(NOTHING)) for gather in several}) == 1
@@ -248,6 +271,6 @@ def _merged(count: int, found: list[tuple[Tensor, Any]]) -> Any:
     return merged
 
 
-KINDS: dict[type, Callable[[Any], Gather | None]] = {
+KINDS: dict[type, Callable[[Any, Select], Gather | None]] = {
     TensorDataset: _of_tensors, Subset: _of_subset, ConcatDataset: _of_concatenation, StackDataset: _of_stack,
 }  # fmt: skip

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import (
@@ -36,9 +36,11 @@ from trainkit.data.samplers import draws_nothing, length_of, sampler_of, set_epo
 from trainkit.data.served import Served
 from trainkit.data.stacking import is_default
 from trainkit.data.stateful import has_state
-from trainkit.data.unchanged import Snapshot
 from trainkit.data.whole import Whole, gather_of
 from trainkit.data.workers import Crew
+
+if TYPE_CHECKING:
+    from trainkit.data.unchanged import Snapshot
 
 ALONE = {
     "num_workers": 0, "prefetch_factor": None, "persistent_workers": False, "timeout": 0, "worker_init_fn": None,
@@ -189,6 +191,8 @@ class Indexed:
         """Begin an epoch with the workers there are, if they have the data as they are now; else with new ones."""
         attributes = vars(self.loader)
         if self.keeps and not self._up_to_date():
+            from trainkit.data.unchanged import Snapshot  # which nobody needs without workers
+
             self.dismiss()
             self._known = Snapshot(self.source.dataset, self.source.collate_fn)
             self.keeps = attributes["persistent_workers"] = self._known.whole

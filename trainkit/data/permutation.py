@@ -76,8 +76,9 @@ class Permutation:
         count, stop = max(1, FIRST_BLOCK // size), min(stop, self.n)
         while start < stop:
             end = min(start + count * size, stop)
-            yield torch.split(self.between(start, end), size)
-            start, count = end, min(2 * count, MOST_BATCHES, max(1, LARGEST_BLOCK // size))
+            for several in torch.split(self.between(start, end), MOST_BATCHES * size):
+                yield torch.split(several, size)
+            start, count = end, min(2 * count, max(1, LARGEST_BLOCK // size))
 
     def between(self, start: int, stop: int) -> Tensor:
         """Return the indices at positions start to stop."""

@@ -12,16 +12,12 @@ Not looked at is what lies outside of the data set: global variables, files.
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import enum
-import fractions
 import hashlib
 import itertools
 import pathlib
 import re
 import types
-import uuid
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
@@ -39,10 +35,11 @@ FIXED: tuple[Any, ...] = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type, type(...), type(NotImplemented),
     types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.GetSetDescriptorType, types.MethodDescriptorType,
     types.WrapperDescriptorType, types.MemberDescriptorType, types.GenericAlias, weakref.ref, re.Pattern, enum.Enum,
-    pathlib.PurePath, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, decimal.Decimal,
-    fractions.Fraction, uuid.UUID, torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
+    pathlib.PurePath, torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format,
 )  # fmt: skip
 """What does not change; or, as a class, is looked at elsewhere."""
+NUMBERS = ("datetime", "decimal", "fractions", "uuid", "zoneinfo")
+"""Modules whose objects don't change either, and need not be imported for it."""
 PLAIN = type("Plain", (), {}).__basicsize__
 """How large an object is whose class was written in Python, besides its slots."""
 
@@ -93,6 +90,8 @@ class Snapshot:
         if len(self._kept) > MOST_THINGS:
             raise Unknown
         kind = type(thing)
+        if kind.__module__ in NUMBERS:
+            return ()
         if isinstance(thing, torch.Tensor):
             return self._tensor(thing)
         if kind in (tuple, frozenset, torch.nn.parameter.Parameter):

@@ -30,6 +30,7 @@ from torch.utils.data import (
 )
 
 import trainkit.data.stacking
+from trainkit.data.combined import Combination
 from trainkit.data.loader import Loader
 from trainkit.data.whole import gather_of
 
@@ -315,6 +316,19 @@ def test_a_batch_is_let_go_of_before_the_next_one_is_made(sampler: Any) -> None:
     del kept
     gc.collect()
     assert len(data.alive) == 0
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
+def test_so_are_the_batches_of_several_loaders(mode: Any) -> None:
+    several = [Weakly(), Weakly()]
+    loaders = [loader_of(data, size, collate_fn=data.collate) for data, size in zip(several, (4, 9), strict=True)]
+    together = Combination(loaders, {"a": [], "b": []}, mode, "data")
+    lasts = []
+    for _, batch, is_last in together.epoch(0):
+        lasts.append(is_last)
+        del batch
+    assert lasts == [False] * (4 if mode == "min_size" else 9) + [True]
+    assert [data.most for data in several] == [0, 0]
 
 
 def test_a_data_set_that_grows_or_shrinks_between_epochs_is_gone_through_as_it_is() -> None:

@@ -8,8 +8,8 @@ looks at the data each time: what it was made for may be exchanged or changed in
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from operator import is_, itemgetter
 from typing import Any
 
@@ -73,16 +73,13 @@ class Whole:
     def __call__(self, indices: Any) -> Any:
         self.batch_idx += 1
         try:
-            return self.gather(indices)  # type: ignore[misc]
+            return self.gather(indices if type(indices) is Tensor else as_indices(indices))  # type: ignore[misc]
         except Exception:
             return self._otherwise(indices)
 
     def _otherwise(self, indices: Any) -> Any:
         if type(indices) is Tensor:
             indices = indices.tolist()
-        else:
-            with suppress(Exception):  # what a sampler gives is no tensor
-                return self.gather(as_indices(indices))  # type: ignore[misc]
         self.gather = gather_of(self.dataset, self.collate_fn, self.pinned)  # the data may be others than before
         return self.one_by_one(indices, self.batch_idx - 1)
 
@@ -204,9 +201,7 @@ def _picker(chosen: Any) -> Gather | None:
 
     def pick(indices: Tensor) -> Tensor:
         places = indices.tolist()
-        if len(places) < 2:
-            return as_indices([chosen[place] for place in places])
-        return as_indices(itemgetter(*places)(chosen))
+        return as_indices(itemgetter(*places)(chosen) if len(places) > 1 else [chosen[place] for place in places])
 
     return pick
 
@@ -215,13 +210,13 @@ def as_indices(numbers: Iterable[Any]) -> Tensor:
     """Return whole numbers as a tensor.
 
     Raises:
-        Exception: something else is among them.
+        TypeError: something else is among them.
     """
     numbers = list(numbers)
-    indices = torch.tensor(numbers, device="cpu") if numbers else NOTHING
-    if indices.dtype is not torch.int64 or indices.dim() != 1:
-        raise Changed
-    return indices
+    if bool in set(map(type, numbers)):
+        raise TypeError  # True is no index of a tensor, but a mask
+    packed = array("q", numbers)  # which takes a third of torch.tensor's time
+    return torch.frombuffer(packed, dtype=torch.int64) if packed else NOTHING
 
 
 def _of_concatenation(data: ConcatDataset[Any], _: Select) -> Gather | None:

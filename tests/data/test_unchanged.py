@@ -18,6 +18,8 @@ from torch.utils.data import ConcatDataset, Dataset, StackDataset, Subset, Tenso
 
 from trainkit.data.unchanged import MOST_BYTES, Snapshot
 
+LIMIT, LEVELS = 3, {"x": 1}
+
 
 class Crop:
     __slots__ = ("sizes",)
@@ -30,6 +32,9 @@ class Rich(Dataset[Any]):
     """Made of all that data sets are made of."""
 
     scale = 1
+
+    def __getitem__(self, index: int) -> Any:
+        return [index * LEVELS["x"] for _ in range(LIMIT)]
 
     def __init__(self) -> None:
         level = [1]
@@ -69,6 +74,8 @@ CHANGES: dict[str, Callable[[Rich], Any]] = {
     "a parameter": lambda data: torch.nn.init.ones_(data.module[0].weight),
     "the mode of a module": lambda data: data.module.eval(),
     "a class": lambda data: setattr(Rich, "scale", 2),
+    "a global": lambda data: globals().update(LIMIT=4),
+    "in a global": lambda data: LEVELS.update(y=2),
     "a set": lambda data: data.classes.add("y"),
     "a queue": lambda data: data.queue.append(2),
     "an ordered dict": lambda data: data.named.move_to_end("a") or data.named.update(b=2),
@@ -87,6 +94,8 @@ def test_any_change_is_seen(change: str) -> None:
         assert Snapshot(data).same()
     finally:
         Rich.scale = 1
+        globals().update(LIMIT=3)
+        LEVELS.pop("y", None)
 
 
 def test_looking_at_a_data_set_changes_nothing() -> None:

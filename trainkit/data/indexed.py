@@ -137,7 +137,7 @@ class Indexed:
             return iter(self.loader)
         early, self._early = self._early, None
         if early is not None and early[0] == self._place() and self._up_to_date():
-            return self._sent(self.crew, early[1], start, too_early=True)
+            return self._sent(self.crew, early[1], start, early=len(self.asked.asked))
         return self._sent(self.crew, self._begun(), start)
 
     def _here(self, start: int) -> Iterator[Any]:
@@ -235,13 +235,13 @@ class Indexed:
         del running
         other.dismiss()
 
-    def _sent(self, crew: Crew, batches: Iterator[Any], start: int, too_early: bool = False) -> Iterator[Any]:
-        """Give what worker processes send, and raise the errors among it."""
+    def _sent(self, crew: Crew, batches: Iterator[Any], start: int, early: int = 0) -> Iterator[Any]:
+        """Give what worker processes send, and raise the errors among it; `early` batches were asked for early."""
         for index in itertools.count(start):
             batch = crew.receive(batches, self.asked.asked, start)
-            if type(batch) is Failure and too_early:  # what it needs may not have been there yet
+            if type(batch) is Failure and index < start + early:  # what it needs may not have been there yet
                 self.dismiss()
-                too_early, start, self.order.start = False, index, index * self.batch_size
+                early, start, self.order.start = 0, index, index * self.batch_size
                 batches = self._begun()
                 batch = crew.receive(batches, self.asked.asked, start)
             if batch is batches:

@@ -149,6 +149,8 @@ class Sources:
             limits["val"] = self._limit("val")[0]
         if trainer.world_size > 1 or trainer.overfit_batches:  # these put samplers of their own into the loaders
             return
+        if 0 in (trainer.max_epochs, trainer.max_steps):
+            return
         if trainer.strategy.device.type == "cuda":  # a thread that pins memory asks which device is the current one
             torch.cuda.set_device(trainer.strategy.device)
         for kind, limit in limits.items():
@@ -164,7 +166,7 @@ class Sources:
     def prepare(self) -> None:
         """Let the workers load what training begins with."""
         progress = self.trainer.progress
-        if not self._due("train"):
+        if not self.trainer.done and not self._due("train"):
             self.train.prepare(progress.epoch, progress.batch)
 
     def _pins(self) -> bool:

@@ -7,11 +7,13 @@ and dicts with the same entries, tensors of the same version, arrays with the sa
 random generator, an open file, an object of a C library) or would take too long to look at makes it say that it does
 not know.
 
-Not looked at is what lies outside of the data set: global variables, files.
+Global variables that its functions name are looked at, too, but not far into: a function that they call may name more.
+Not looked at are files.
 """
 
 from __future__ import annotations
 
+import dis
 import enum
 import hashlib
 import itertools
@@ -150,7 +152,24 @@ class Snapshot:
             return all(map(is_, now, [code, defaults, by_name, *cells]))
 
         self._check(same)
+        self._globals(function)
         return [*cells, defaults, by_name]
+
+    def _globals(self, function: Any) -> None:
+        """Note the global variables that a function names, and what plain containers and tensors among them hold."""
+        everything, codes, names = function.__globals__, [function.__code__], set[str]()
+        for code in codes:
+            names.update(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")
+            codes.extend(part for part in code.co_consts if isinstance(part, types.CodeType))  # functions inside
+        held = {name: everything[name] for name in names if name in everything}
+        self._check(lambda: all(everything.get(name) is value for name, value in held.items()))
+        for value in held.values():
+            if isinstance(value, torch.Tensor):
+                self._tensor(value)
+            elif type(value) is list:
+                self._sequence(value)
+            elif type(value) is dict:
+                self._dict(value)
 
     def _numpy(self, thing: Any) -> Iterable[Any]:
         import numpy as np
@@ -197,6 +216,10 @@ class Snapshot:
             return all(now.get(name) is value for name, value in copied.items())
 
         self._check(same)
+        for value in copied.values():
+            value = getattr(value, "__func__", getattr(value, "fget", value))
+            if type(value) is types.FunctionType:
+                self._globals(value)
         plain = (types.FunctionType, classmethod, staticmethod, property)
         return [value for name, value in copied.items() if not name.startswith("__") and not isinstance(value, plain)]
 

@@ -163,6 +163,8 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     trainer.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones must not pass float32
     if trainer.checkpoint is not None:
         restore.restore_weights(trainer, trainer.checkpoint, Path(trainer.resume_path or ""))
+    if fitting:
+        trainer.sources.muster()
     trainer.strategy.setup(module)
     trainer.transfer = transfer_of(trainer.strategy, module, trainer.datamodule)
     if trainer.transfer is not None and any(is_overridden(o, name) for o in (*data, module) for name in TRANSFER_HOOKS):

@@ -401,6 +401,7 @@ class Trainer(Status):
         if self.checkpoint is not None:
             restore.restore_run(self, self.checkpoint, Path(self.resume_path or ""))
             self.strategy.optimizers_to_device(self.optimizers)
+        self.sources.prepare()
 
     @contextmanager
     def init_module(self, empty_init: bool | None = None) -> Iterator[None]:

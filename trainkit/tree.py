@@ -65,20 +65,19 @@ def leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> list[Any]:
 
 def with_leaves(tree: Any, is_leaf: Callable[[Any], bool], values: Iterable[Any]) -> Any:
     """Return nested containers like these ones, with other leaves."""
-    left = iter(values)
+    return _rebuilt(tree, is_leaf, iter(values))
 
-    def rebuilt(node: Any) -> Any:
-        held = None if is_leaf(node) else children(node)
-        if held is None:
-            return next(left)
-        if isinstance(node, dict):
-            filled = copy.copy(node)  # keeps a defaultdict's factory
-            filled.update(zip(node, map(rebuilt, held), strict=True))
-            return filled
-        items = map(rebuilt, held)
-        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
 
-    return rebuilt(tree)
+def _rebuilt(node: Any, is_leaf: Callable[[Any], bool], left: Iterator[Any]) -> Any:
+    held = None if is_leaf(node) else children(node)
+    if held is None:
+        return next(left)
+    items = [_rebuilt(child, is_leaf, left) for child in held]
+    if isinstance(node, dict):
+        filled = copy.copy(node)  # keeps a defaultdict's factory
+        filled.update(zip(node, items, strict=True))
+        return filled
+    return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
 
 
 def tensors(tree: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:

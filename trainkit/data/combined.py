@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 from trainkit.data.loader import Batches, Loader
@@ -181,6 +182,14 @@ class Combination(Batches):
         """The loaders."""
         return self.loaders
 
+    @property
+    def promised(self) -> float:
+        """How many batches an epoch that begins now gives for sure."""
+        return overall(self.mode, [loader.promised for loader in self.loaders]) if self._all_promise() else 0
+
+    def _all_promise(self) -> bool:
+        return all(loader.promised for loader in self.loaders)
+
     def open(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of an epoch."""
         if start == 0:
@@ -194,7 +203,7 @@ class Combination(Batches):
         laps = list(zip(self.loaders, self._laps, strict=True))
         opened = [loader.open(epoch, start - begun, lap) for loader, (lap, begun) in laps]
         rounds = combine(self.mode, opened, again, start, {index for index, (_, (lap, _)) in enumerate(laps) if lap})
-        return (refilled(self.structure, batches) for batches in rounds)
+        return map(partial(refilled, self.structure), rounds)
 
     def samples_of(self, epoch: int, batch_idx: int) -> list[Any] | None:
         """Return the indices of the samples in a batch, a list for each loader; None for one that is over."""
@@ -257,12 +266,26 @@ def combine(
         start: the index of the first batch.
         over: which of the iterators have been begun again before.
     """
-    if mode == "min_size":
-        yield from map(list, zip(*opened, strict=False))
-    elif mode == "max_size":
-        yield from map(list, itertools.zip_longest(*opened))
-    else:
-        yield from _cycle(opened, again, start, over if over is not None else set())
+    if mode == "max_size_cycle":
+        return _cycle(opened, again, start, over if over is not None else set())
+    return _side_by_side(opened, longest=mode == "max_size")
+
+
+def _side_by_side(opened: list[Iterator[Any]], longest: bool) -> Iterator[list[Any]]:
+    """Yield what zip does, or zip_longest, and hold on to nothing of it."""
+    end, ended = object(), 0
+    while opened:
+        batches = []
+        for index, iterator in enumerate(opened):
+            batch = next(iterator, end)
+            if batch is end:
+                ended, opened[index] = ended + 1, itertools.repeat(None)
+                if not longest or ended == len(opened):
+                    return
+                batch = None
+            batches.append(batch)
+        yield batches
+        del batches, batch
 
 
 def _cycle(
@@ -283,6 +306,7 @@ def _cycle(
                     return
             batches.append(batch)
         yield batches
+        del batches, batch
 
 
 def overall(mode: Mode, lengths: Sequence[int | float]) -> int | float:

@@ -4,7 +4,7 @@ What a data set draws from torch's, numpy's and python's default sources while i
 epoch, position): neither which process loads it nor what was loaded before matters, and in the main process the run's
 own random state is as it was. Seeding costs one to two microseconds a source, so only sources that are drawn from pay
 it: the first samples show which these are. One that is drawn from later, once in a while, is noticed at the end of the
-batch, which is loaded again.
+batch, which is loaded again. The same holds for a collate_fn of the user's own, with numbers for each batch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from torch.utils.data import default_collate, default_convert, get_worker_info
 
 from trainkit.data.failure import Failure, from_signal, named
 from trainkit.data.order import Placed
-from trainkit.data.seeding import MASK, ODD, give_back, seed_all, sources, states
+from trainkit.data.seeding import MASK, ODD, seed_all, sources
 from trainkit.data.served import takes_batches
+from trainkit.data.stacking import collate_of
+from trainkit.data.standing import Standing, standing
+from trainkit.data.whole import as_indices, gather_of
 
 PROBED = 128
 """So many samples are loaded before a source that was not drawn from is no longer seeded for each."""
@@ -51,11 +54,19 @@ class Fetch:
         name: how messages call the loader.
         hand_over: give an error back as a `Failure`, which whoever receives the batch raises.
         draws: whether the data set may draw random numbers.
+        pinned: put batches together in pinned memory where that is free; not in worker processes.
     """
 
     def __init__(
-        self, dataset: Any, collate_fn: Callable[[Any], Any], name: str, hand_over: bool = False, draws: bool = True
+        self,
+        dataset: Any,
+        collate_fn: Callable[[Any], Any],
+        name: str,
+        hand_over: bool = False,
+        draws: bool = True,
+        pinned: bool = False,
     ) -> None:
+        self.pinned = pinned
         self.dataset, self.collate_fn, self.name, self.hand_over, self.draws = (
             dataset, collate_fn, name, hand_over, draws
         )  # fmt: skip
@@ -64,14 +75,28 @@ class Fetch:
         self._forget()
 
     def _forget(self) -> None:
-        self._probed = 0 if self.draws else PROBED
-        self._watched = [0, 1, 2] * self.draws  # the sources that nobody has drawn from
-        self._seeds: list[Callable[[int], Any]] = []  # seed the others, for each sample
+        self._probed = 0 if self.draws or self.collate_draws else PROBED
+        self._in_loading: list[int] = []  # the sources that are drawn from while samples are loaded
+        self._in_collating: list[int] = []  # and while they are put together
+        self._sort()
+        self._untouched = True  # whether nobody has seeded the sources, or drawn from them, for this batch
         self._samples: list[Any] | None = None  # of the batch that is being loaded; None while it is collated
         self._nothing: list[Any] = []  # the indices that the data set returned None for
+        self._gather = gather_of(self.dataset, self.collate_fn)
+        self._collate = collate_of(self.collate_fn, self.pinned)
+
+    def _sort(self) -> None:
+        """Work out which sources are seeded when, and which are watched: those that nobody has drawn from."""
+        loading, collating = self._in_loading, self._in_collating
+        may = self.draws or self.collate_draws
+        self._seeds: list[Callable[[int], Any]] = [sources()[at].seed for at in loading]
+        also = [at for at in collating if at not in loading]
+        self._collate_seeds = [*self._seeds, *(sources()[at].seed for at in also)] if self.collate_draws else []
+        self._watched_in_loading = also
+        self._watched = [at for at in (0, 1, 2) if may and at not in loading and at not in collating]
 
     def __getstate__(self) -> dict[str, Any]:
-        plain = {"dataset", "collate_fn", "name", "hand_over", "draws", "by_batch", "collate_draws"}
+        plain = {"dataset", "collate_fn", "name", "hand_over", "draws", "by_batch", "collate_draws", "pinned"}
         return {name: value for name, value in vars(self).items() if name in plain}  # sources lie in one process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -80,17 +105,22 @@ class Fetch:
 
     def __call__(self, places: Placed, single: bool = False) -> Fetched:
         """Return the batch, or with `single` the one sample, at these places."""
-        outside = states()
-        if get_worker_info() is not None:
-            try:
-                return Fetched(self._batch(places, single, outside))
-            except BaseException as error:  # SystemExit, too: the main process would see a worker that is gone
-                failed = self._named(error, places)
-                if not self.hand_over:
-                    raise failed from failed.__cause__
-                return Fetched(Failure(failed))
+        if get_worker_info() is None:
+            return Fetched(self.here(places, single))
         try:
-            return Fetched(self._batch(places, single, outside))
+            return Fetched(self._batch(places, single, standing()))
+        except BaseException as error:  # SystemExit, too: the main process would see a worker that is gone
+            failed = self._named(error, places)
+            if not self.hand_over:
+                raise failed from failed.__cause__
+            return Fetched(Failure(failed))
+
+    def here(self, places: Placed, single: bool = False) -> Any:
+        """Return the batch or the sample itself, loaded in this process, whose own random state stays as it is."""
+        outside = standing() if self.draws or self.collate_draws else None
+        self._untouched = False
+        try:
+            return self._batch(places, single, outside)
         except (Exception, GeneratorExit, SystemExit) as error:
             if isinstance(error, SystemExit) and from_signal(error):
                 raise
@@ -99,49 +129,53 @@ class Fetch:
                 raise
             raise failed from error
         finally:
-            give_back(outside)
+            if outside is not None and not self._untouched:
+                outside.give_back()
 
-    def _batch(self, places: Placed, single: bool, outside: list[Any]) -> Any:
-        samples = self._loaded(places, outside)
+    def _batch(self, places: Placed, single: bool, outside: Standing | None) -> Any:
+        if self._gather is not None:
+            try:
+                return self._gather(as_indices(places))
+            except Exception:  # which one sample after the other will show
+                self._gather = None
+        if self._probed < PROBED:
+            return self._probe(places, single)
+        samples = self._load(places)
+        if self._watched_in_loading and outside is not None and outside.moved(self._watched_in_loading):
+            return self._probe(places, single)
+        batch = self._put_together(samples, places, single)
+        if self._watched and outside is not None and outside.moved(self._watched):
+            return self._probe(places, single)
+        self._untouched = not self._in_loading and not self._in_collating
+        return batch
+
+    def _put_together(self, samples: Any, places: Placed, single: bool) -> Any:
         self._samples = None
-        if self.collate_draws:
-            seed_all((places.seed + places.places.start * ODD + 1) & MASK)
+        for seed in self._collate_seeds:
+            seed((places.seed + places.places.start * ODD + 1) & MASK)
         try:
-            return self.collate_fn(samples[0] if single else samples)
+            return self._collate(samples[0] if single else samples)
         except Exception:
             self._nothing = [i for i, sample in zip(places, samples, strict=False) if sample is None]
             raise
 
     # ------------------------------------------------------------------ loading
-    def _loaded(self, places: Placed, outside: list[Any]) -> Any:
-        if self._probed < PROBED:
-            return self._probe(places)
-        samples = self._load(places)
-        moved = [at for at in self._watched if sources()[at].moved(outside[at])]
-        if moved:
-            self._watch_no_more(moved)
-            samples = self._load(places)
-        return samples
-
-    def _watch_no_more(self, moved: list[int]) -> None:
-        """Seed these sources for each sample from now on: they are drawn from."""
-        self._watched = [at for at in self._watched if at not in moved]
-        self._seeds += [sources()[at].seed for at in moved]
-
     def _load(self, places: Placed) -> Any:
         """Load the samples, each with the sources that are drawn from seeded for it."""
         dataset, seeds = self.dataset, self._seeds
         samples: list[Any] = []
         self._samples = samples
-        own, step = places.seed + places.places.start * ODD, places.places.step * ODD
         if self.by_batch:
+            own = (places.seed + places.places.start * ODD) & MASK
             for seed in seeds:
-                seed(own & MASK)
+                seed(own)
             return dataset.__getitems__(places[:])
         if not seeds:
             for index in places:
                 samples.append(dataset[index])
-        elif len(seeds) == 1:
+            return samples
+        own, step = places.seed + places.places.start * ODD, places.places.step * ODD
+        if len(seeds) == 1:
             seed = seeds[0]
             for index in places:
                 seed(own & MASK)
@@ -155,22 +189,29 @@ class Fetch:
                 own += step
         return samples
 
-    def _probe(self, places: Placed) -> Any:
-        """Load the samples with all sources seeded, and see which of them are drawn from."""
+    def _probe(self, places: Placed, single: bool) -> Any:
+        """Load the batch with all sources seeded, and see which of them are drawn from."""
         samples: list[Any] = []
         self._samples = samples
         for index, place in zip(places, places.places, strict=True):
             seed_all((places.seed + place * ODD) & MASK)
-            before = states()
+            before = standing()
             if self.by_batch:
                 samples = self.dataset.__getitems__(places[:])
             else:
                 samples.append(self.dataset[index])
-            self._watch_no_more([at for at in self._watched if sources()[at].moved(before[at])])
+            self._in_loading += [at for at in before.moved((0, 1, 2)) if at not in self._in_loading]
             if self.by_batch:
                 break
+        if self.collate_draws:
+            self._collate_seeds = [source.seed for source in sources()]
+            seed_all((places.seed + places.places.start * ODD + 1) & MASK)
+        before = standing()
+        batch = self._put_together(samples, places, single)
+        self._in_collating += [at for at in before.moved((0, 1, 2)) if at not in self._in_collating]
         self._probed += len(places)
-        return samples
+        self._sort()
+        return batch
 
     # ------------------------------------------------------------------ errors
     def _named(self, error: BaseException, places: Placed) -> BaseException:

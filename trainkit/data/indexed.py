@@ -7,32 +7,51 @@ that know where in the run they are; the user's own objects are left as they are
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import is_
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
+    IterableDataset,
+    MapDataPipe,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from trainkit.data.distributed import UnrepeatedDistributedSampler
 from trainkit.data.failure import Failure
 from trainkit.data.fetch import Collate, Fetch
-from trainkit.data.order import DealtOrder, EpochOrder, PlacedBatches, PlacedSamples, SamplerOrder
+from trainkit.data.order import DealtOrder, EpochOrder, Placed, PlacedBatches, PlacedSamples, SamplerOrder
 from trainkit.data.samplers import draws_nothing, length_of, sampler_of, set_epoch
 from trainkit.data.served import Served
+from trainkit.data.stacking import is_default
+from trainkit.data.stateful import has_state
+from trainkit.data.whole import Whole, gather_of
 from trainkit.data.workers import Crew
+
+if TYPE_CHECKING:
+    from trainkit.data.unchanged import Snapshot
 
 ALONE = {
     "num_workers": 0, "prefetch_factor": None, "persistent_workers": False, "timeout": 0, "worker_init_fn": None,
-    "_DataLoader__multiprocessing_context": None, "pin_memory": False,
+    "_DataLoader__multiprocessing_context": None,
 }  # fmt: skip
+PAGEABLE = {"pin_memory": False}
+FOR_WORKERS = (
+    "dataset", "collate_fn", "num_workers", "prefetch_factor", "pin_memory", "timeout", "multiprocessing_context",
+    "worker_init_fn", "in_order", "drop_last", "batch_size", "persistent_workers",
+)  # fmt: skip
+"""What of a DataLoader its workers are made of."""
 
 
 class Indexed:
@@ -43,17 +62,38 @@ class Indexed:
         name: how messages call it.
         seed: what its order and its data's random numbers are drawn from.
         crew: its worker processes, None without.
+        keep: keep the workers from one epoch to the next, and let them start early, where nobody can tell.
+        pinned: bring batches into pinned memory, for a CUDA device, where that is free and nobody can tell.
     """
 
-    def __init__(self, source: DataLoader[Any], name: str, seed: int, crew: Crew | None) -> None:
+    def __init__(
+        self, source: DataLoader[Any], name: str, seed: int, crew: Crew | None, keep: bool = False, pinned: bool = False
+    ) -> None:
         self.source, self.name, self.crew = source, name, crew
         self.order = order_of(source, seed)
         self.batch_size = 1
         """How many steps of the order make a batch."""
-        self.standard = type(source).__iter__ is DataLoader.__iter__
+        self.standard = is_standard(source)
         """Whether batches come as torch's own iteration gives them."""
-        self.asked: PlacedBatches | None = None
-        """What is asked of the data set; None where it is torch's own and needs no place in the run."""
+        self.asked: PlacedBatches
+        """What is asked of the data set."""
+        self.fetch = Fetch(
+            source.dataset,
+            source.collate_fn,
+            name,
+            hand_over=self.standard,
+            draws=not draws_nothing(source),
+            pinned=pinned and crew is None,
+        )
+        self.keeps = keep and self.standard and crew is not None and not source.persistent_workers
+        """Whether workers go on into the next epoch as long as the data are what they were, though nobody said so."""
+        if source.worker_init_fn is not None or has_state(source.dataset):  # these are to see each epoch begin
+            self.keeps = False
+        self._known: Snapshot | None = None  # what the workers know of the data
+        self.pinned = pinned and is_default(source.collate_fn)
+        self._made_of = [getattr(source, name) for name in FOR_WORKERS]
+        self._early: tuple[Any, Iterator[Any]] | None = None  # an epoch that workers load already
+        self._idle = False  # whether the workers were started, and nothing was asked of them
         self._generator = torch.Generator()
         self.loader = copy.copy(source)
         self._replace(vars(self.loader))  # DataLoader refuses assignment to most of these after its construction
@@ -63,26 +103,26 @@ class Indexed:
         attributes.update(_iterator=None, generator=self._generator, sampler=order)
         if self.crew is not None:
             self.crew.serve(self.loader)
-        plain = type(batches) is BatchSampler
-        if isinstance(batches, BatchSampler) and plain:
-            self.batch_size = batches.batch_size
-        own = plain or batches is None
-        draws = not draws_nothing(source)
-        if order.known and own and not draws and self.crew is None:  # all of it torch's own: nothing is drawn, or fails
-            if isinstance(batches, BatchSampler):
-                attributes["batch_sampler"] = BatchSampler(order, batches.batch_size, batches.drop_last)
-            return
         ahead = 1 + source.num_workers * (source.prefetch_factor or 0)
         if batches is None:
             self.asked = attributes["sampler"] = PlacedSamples(order, ahead)
-        elif isinstance(batches, BatchSampler) and plain:
+        elif type(batches) is BatchSampler:
+            self.batch_size = batches.batch_size
             self.asked = PlacedBatches(order, batches.batch_size, batches.drop_last, ahead)
         else:
             self.asked = PlacedBatches(order, None, ahead=ahead)
         if batches is not None:
             attributes["batch_sampler"] = self.asked
-        fetch = Fetch(source.dataset, source.collate_fn, self.name, hand_over=self.standard, draws=draws)
-        attributes["dataset"], attributes["collate_fn"] = Served(source.dataset, fetch), Collate(source.collate_fn)
+        if self.crew is not None or not self.standard:
+            attributes["dataset"] = Served(source.dataset, self.fetch)
+            attributes["collate_fn"] = Collate(source.collate_fn)
+        if self.crew is not None and self.pinned and self.standard:
+            attributes["pin_memory"] = True  # by a thread of torch's
+
+    @property
+    def promised(self) -> float:
+        """How many batches an epoch that begins now gives for sure; 0 where the sampler's word is not known to hold."""
+        return len(self.asked) if self.standard and (self.order.known or self.order.sized) else 0
 
     def open(self, epoch: int, start: int, lap: int) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of a lap of an epoch."""
@@ -90,26 +130,130 @@ class Indexed:
         if not order.known:
             set_epoch(self.source, epoch)
         order.epoch, order.lap, order.start = epoch, lap, start * self.batch_size
-        self._generator.manual_seed(order.epoch_seed())
-        batches = iter(self.loader)
-        return batches if self.crew is None else self._sent(self.crew, batches, start)
+        if self.crew is None and self.standard:
+            return self._here(start)
+        if self.crew is None:
+            self._generator.manual_seed(order.epoch_seed())
+            return iter(self.loader)
+        early, self._early = self._early, None
+        if early is not None and early[0] == self._place() and self._up_to_date():
+            return self._sent(self.crew, early[1], start, early=len(self.asked.asked))
+        return self._sent(self.crew, self._begun(), start)
 
-    def _sent(self, crew: Crew, batches: Iterator[Any], start: int) -> Iterator[Any]:
-        """Give what worker processes send, and raise the errors among it."""
-        asked = self.asked.asked if self.asked is not None else ()
-        while True:
-            batch = crew.receive(batches, asked, start)
+    def _here(self, start: int) -> Iterator[Any]:
+        """Load batches in this process, without what torch's own iteration does around each."""
+        asked: Any = self.loader.batch_sampler
+        if asked is None:
+            batches = map(self.fetch.here, iter(self.loader.sampler), itertools.repeat(True))
+        elif gather_of(self.source.dataset, self.source.collate_fn) is not None and self.asked.size is not None:
+            whole = Whole(self.source.dataset, self.source.collate_fn, start, self._one_by_one, self.pinned)
+            batches = map(whole, asked.whole())
+        else:
+            batches = map(self.fetch.here, iter(asked))
+        pin = pinning(self.source)
+        return map(pin, batches) if pin is not None else batches
+
+    def _one_by_one(self, indices: list[Any], batch_idx: int) -> Any:
+        order, first = self.order, batch_idx * self.batch_size
+        places = order.positions(first, first + len(indices))
+        return self.fetch.here(Placed(indices, places, batch_idx, order.epoch, order.epoch_seed()))
+
+    # ------------------------------------------------------------------ workers
+    def muster(self) -> None:
+        """Start the workers: they have nothing to load yet."""
+        self.asked.idle = True
+        try:
+            self._try_early(None)
+        finally:
+            self.asked.idle = False
+
+    def prepare(self, epoch: int, start: int) -> None:
+        """Start the workers, and let them load from batch `start` of an epoch on, which is about to begin."""
+        if self.order.known and math.isfinite(start):
+            self.order.epoch, self.order.lap, self.order.start = epoch, 0, start * self.batch_size
+            self._try_early(self._place())
+
+    def _try_early(self, place: Any) -> None:
+        """Begin before it is time. What goes wrong goes wrong again when it is, and is told of then."""
+        if not self.keeps:
+            return
+        try:
+            early = self._begun()
+            self._early = (place, early) if place is not None and self.keeps else None
+        except Exception:
+            self.dismiss()
+
+    def _place(self) -> Any:
+        order = self.order
+        return order.epoch, order.lap, order.start, order.seed, len(order)
+
+    def _begun(self) -> Iterator[Any]:
+        """Begin an epoch with the workers there are, if they have the data as they are now; else with new ones."""
+        attributes = vars(self.loader)
+        if self.keeps and not self._up_to_date():
+            from trainkit.data.unchanged import Snapshot  # which nobody needs without workers
+
+            self.dismiss()
+            self._known = Snapshot(self.source.dataset, self.source.collate_fn)
+            self.keeps = attributes["persistent_workers"] = self._known.whole
+        if self._idle and not self.asked.idle:
+            self._idle = False
+            return self._set_going(attributes["_iterator"])
+        self._generator.manual_seed(self.order.epoch_seed())
+        self._idle = self.asked.idle
+        return iter(self.loader)
+
+    def _set_going(self, running: Any) -> Iterator[Any]:
+        """Ask workers that have been idle until now; torch would wait until all of them have started."""
+        running._sampler_iter = iter(running._index_sampler)
+        for _ in range(running._prefetch_factor * running._num_workers):
+            running._try_put_index()
+        batches: Iterator[Any] = running
+        return batches
+
+    def _up_to_date(self) -> bool:
+        there = self._known is not None and self.crew is not None and self.crew.complete()
+        return there and self._known is not None and self._known.same()
+
+    def dismiss(self) -> None:
+        """End the workers."""
+        self._early, self._known, self._idle = None, None, False
+        if self.crew is not None:
+            self.crew.end()
+        vars(self.loader)["_iterator"] = None
+
+    def take_over(self, other: Indexed) -> None:
+        """Take the workers that another one of the same DataLoader has mustered, if they are what these would be."""
+        running: Any = vars(other.loader)["_iterator"]
+        alike = all(map(is_, self._made_of, other._made_of))
+        if self.keeps and self.crew is not None and running is not None and alike and other._up_to_date():
+            self.crew, self._known, self._idle = other.crew, other._known, other._idle
+            other.crew.serve(self.loader)  # type: ignore[union-attr]
+            running._index_sampler = self.asked
+            vars(self.loader).update(_iterator=running, persistent_workers=True)
+            other.crew = None
+        del running
+        other.dismiss()
+
+    def _sent(self, crew: Crew, batches: Iterator[Any], start: int, early: int = 0) -> Iterator[Any]:
+        """Give what worker processes send, and raise the errors among it; `early` batches were asked for early."""
+        for index in itertools.count(start):
+            batch = crew.receive(batches, self.asked.asked, start)
+            if type(batch) is Failure and index < start + early:  # what it needs may not have been there yet
+                self.dismiss()
+                early, start, self.order.start = 0, index, index * self.batch_size
+                batches = self._begun()
+                batch = crew.receive(batches, self.asked.asked, start)
             if batch is batches:
                 return
             if type(batch) is Failure:
                 raise batch.error()
             yield batch
+            del batch  # before the next one comes
 
     def alone(self) -> Indexed:
         """Return the same without workers, which gives the same batches, for one or two of them beside the run."""
-        source = copy.copy(self.source)
-        vars(source).update(ALONE)
-        return Indexed(source, self.name, self.order.seed, None)
+        return Indexed(alone(self.source, **PAGEABLE), self.name, self.order.seed, None)
 
     def samples_of(self, epoch: int, batch_idx: int, lap: int) -> list[Any]:
         """Return the indices of the samples in a batch."""
@@ -120,7 +264,7 @@ class Indexed:
         set_epoch(self.source, epoch)
         alone = self.alone()
         alone.order.epoch, alone.order.lap, alone.order.start = epoch, lap, batch_idx * self.batch_size
-        for batch in alone.asked or ():
+        for batch in alone.asked:
             return batch[:]
         return []
 
@@ -142,4 +286,41 @@ def order_of(loader: DataLoader[Any], seed: int) -> EpochOrder:
     if type(sampler) in (RandomSampler, WeightedRandomSampler, SubsetRandomSampler):
         sampler = copy.copy(sampler)
         sampler.generator = None  # the seed comes from it
+        return SamplerOrder(sampler, seed, sized=True)
     return SamplerOrder(sampler, seed)
+
+
+def alone(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
+    """Return a copy of a DataLoader that loads in this process; itself if it does so already."""
+    if loader.num_workers == 0 and not attributes:
+        return loader
+    copied = copy.copy(loader)
+    vars(copied).update(ALONE, **attributes)
+    return copied
+
+
+def is_standard(loader: DataLoader[Any]) -> bool:
+    """Whether a DataLoader is gone through as torch's own is."""
+    kind = type(loader)
+    return kind.__iter__ is DataLoader.__iter__ and kind._get_iterator is DataLoader._get_iterator
+
+
+def in_memory(loader: DataLoader[Any]) -> bool:
+    """Whether batches are gathered faster than a worker could send them, and nobody is told of workers."""
+    own = is_standard(loader) and type(loader.batch_sampler) is BatchSampler and loader.worker_init_fn is None
+    return own and gather_of(loader.dataset, loader.collate_fn) is not None
+
+
+def has_workers(source: Any) -> bool:
+    """Whether what fit was given is a DataLoader whose batches worker processes load, by their indices."""
+    if not isinstance(source, DataLoader) or has_state(source) or not source.num_workers or in_memory(source):
+        return False
+    return not isinstance(source.dataset, (IterableDataset, MapDataPipe))
+
+
+def pinning(loader: DataLoader[Any]) -> Callable[[Any], Any] | None:
+    """Return what brings a DataLoader's batches into pinned memory, None where that is not wanted or not possible."""
+    if not loader.pin_memory:
+        return None
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return partial(pin_memory, device=device.type) if device is not None and device.type != "mps" else None

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from trainkit.data.loader import Loader
@@ -24,6 +25,13 @@ class Noted:
             self.drawn.append(
                 list(drawn[:]) if isinstance(drawn, (list, tuple)) else [drawn]
             )  # SeededIndices: not iterated
+            yield drawn
+
+    def whole(self) -> Iterator[Any]:
+        """Iterate over plain indices, where the batches are gathered."""
+        self.drawn.clear()
+        for drawn in self.inner.whole():
+            self.drawn.append(drawn.tolist() if isinstance(drawn, Tensor) else list(drawn))
             yield drawn
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, MapDataPipe
 
 from trainkit.data.failure import named
-from trainkit.data.indexed import Indexed
+from trainkit.data.indexed import Indexed, alone, in_memory
 from trainkit.data.samplers import length_of, sampler_of, set_epoch
 from trainkit.data.seeding import kept
 from trainkit.data.served import ByIndex
@@ -31,7 +31,7 @@ from trainkit.random import derived_seed, draw_seed
 class Batches:
     """Give batches with their index and whether they are the last, epoch by epoch, from any batch on.
 
-    It looks one batch ahead: what it is made of may yield less than it claims.
+    It looks one batch ahead where what it is made of may yield less than it claims.
     """
 
     name: str
@@ -56,9 +56,19 @@ class Batches:
         """The loaders that it takes batches from."""
         return []
 
+    @property
+    def promised(self) -> float:
+        """How many batches an epoch that begins now gives for sure."""
+        return 0
+
     def open(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of an epoch."""
         return iter(())
+
+    def prepare(self, epoch: int, start: int = 0) -> None:
+        """Let workers load what begins with batch `start` of an epoch, before anybody asks for it."""
+        for part in self.parts if start == 0 else ():
+            part.prepare(epoch)
 
     def places(self, batch_idx: int) -> list[tuple[int, int] | None]:
         """Return which batch of its data each part gives to a batch, and in which lap; None for one that is over."""
@@ -96,6 +106,11 @@ class Batches:
         if self.fetching is not None:
             batches = self.fetching(batches)
         index = start
+        if self.promised >= limit:  # nobody has to look ahead, or hold a batch while the next one is made
+            while index < limit:
+                yield index, next(batches), index + 1 == limit
+                index += 1
+            return
         batch = next(batches, batches)
         if batch is batches:
             if start == 0:
@@ -107,6 +122,7 @@ class Batches:
                 break
             yield index, batch, False
             batch, index = following, index + 1
+            del following
         if index + 1 < limit and self.claimed != math.inf and not self._warned:
             self._warned = True
             warn(
@@ -149,6 +165,9 @@ class Loader(Batches):
         may_be_empty: a length of 0 is no error.
         seed: what its order and its data's augmentation are drawn from, unless the DataLoader has a generator; None
             draws one from torch's.
+        keep: keep workers from one epoch to the next, where nobody can tell.
+        mustered: has workers for this source already.
+        pinned: bring batches into pinned memory, for a CUDA device, where that is free.
 
     Raises:
         TypeError: the source is not iterable.
@@ -164,6 +183,9 @@ class Loader(Batches):
         argument: str,
         may_be_empty: bool = False,
         seed: int | None = None,
+        keep: bool = False,
+        mustered: Indexed | None = None,
+        pinned: bool = False,
     ) -> None:
         super().__init__(name)
         samples = isinstance(source, Dataset) and not isinstance(source, Iterable)
@@ -184,29 +206,42 @@ class Loader(Batches):
         self._by_index: ByIndex | None = None  # the data set of a DataLoader that keeps its own order
         self.iterable: Any = source
         if isinstance(source, DataLoader) and self.remembered is None:  # StatefulDataLoader has an order of its own
-            self.iterable = self._adapt(source)
+            self.iterable = self._adapt(source, keep, mustered, pinned)
         elif isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
             self._by_index = ByIndex(source.dataset, name)
         self.claimed = length_of(self.iterable)
         self.num_batches = limited(self.claimed, limit, name, argument, may_be_empty)
         self._resumed = False
+        if mustered is not None:
+            mustered.dismiss()
 
     @property
     def parts(self) -> list[Loader]:
         """This very loader."""
         return [self]
 
-    def _adapt(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+    @property
+    def promised(self) -> float:
+        """How many batches an epoch that begins now gives for sure."""
+        followed = self.remembered is not None or self.begun is not None  # their states are a batch behind
+        return 0 if self.indexed is None or followed else self.indexed.promised
+
+    def _adapt(self, loader: DataLoader[Any], keep: bool, mustered: Indexed | None, pinned: bool) -> DataLoader[Any]:
         """Return a copy of the DataLoader that goes through it from any batch on, or as near to that as it can."""
         given = getattr(sampler_of(loader), "generator", None) or loader.generator
         if isinstance(given, torch.Generator) or self.seed is None:
             self.seed = draw_seed(given)
-        if loader.num_workers > 0:
+        workers = loader.num_workers > 0 and not in_memory(loader)
+        if workers:
             self._crew = Crew(loader, self.name)
         elif has_state(loader.dataset):
             self.remembered = Remembered(loader.dataset)
         if not isinstance(loader.dataset, (IterableDataset, MapDataPipe)):
-            self.indexed = Indexed(loader, self.name, self.seed or 0, self._crew)
+            source = loader if workers else alone(loader)
+            self.indexed = Indexed(source, self.name, self.seed or 0, self._crew, keep, pinned)
+            if mustered is not None:
+                self.indexed.take_over(mustered)
+                self._crew = self.indexed.crew
             sampler = stateful_sampler(loader)
             self.begun = Begun(sampler) if sampler is not None else None
             return self.indexed.loader
@@ -217,6 +252,11 @@ class Loader(Batches):
         if self._crew is not None:
             self._crew.serve(adapted)
         return adapted
+
+    def prepare(self, epoch: int, start: int = 0) -> None:
+        """Let workers load what begins with batch `start` of an epoch, before anybody asks for it."""
+        if self.indexed is not None and self.remembered is None and self.begun is None:
+            self.indexed.prepare(epoch, start)
 
     def open(self, epoch: int, start: int = 0, lap: int = 0) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of a lap of an epoch."""
@@ -328,7 +368,9 @@ class Loader(Batches):
 
     def close(self) -> None:
         """Stop persistent workers."""
-        if self.iterable is not self.source:
+        if self.indexed is not None:
+            self.indexed.dismiss()
+        elif self.iterable is not self.source:
             vars(self.iterable)["_iterator"] = None
 
     def continue_order(self, before: Loader) -> None:

@@ -25,6 +25,8 @@ class EpochOrder(Sampler[int]):
 
     known = True
     """Whether any position of any epoch can be asked for."""
+    sized = True
+    """Whether it surely gives as many as it says."""
 
     def __init__(self, data: Sized, shuffle: bool, seed: int) -> None:
         self.data, self.shuffle, self.seed = data, shuffle, seed
@@ -44,6 +46,17 @@ class EpochOrder(Sampler[int]):
         if not self.shuffle:
             return iter(range(self.start, len(self)))
         return itertools.chain.from_iterable(self.permutation().blocks(self.start, len(self)))
+
+    def lists(self, size: int) -> Iterator[list[Any]]:
+        """Yield what iterating gives in lists of so many, the last of which may be smaller."""
+        items = iter(self)
+        return iter(lambda: list(itertools.islice(items, size)), [])
+
+    def batches(self, size: int, drop_last: bool) -> Iterator[Any]:
+        """Return an iterator over the batches from here on: tensors of indices where they are known, else lists."""
+        self.used = True
+        stop = len(self) // size * size if drop_last else len(self)
+        return itertools.chain.from_iterable(self.permutation().batches(self.start, stop, size))
 
     def permutation(self) -> Permutation:
         """Return the epoch's order: which index is at which position, and the other way round."""
@@ -89,6 +102,10 @@ class DealtOrder(EpochOrder):
         self.sampler.set_epoch(self.epoch)
         return itertools.islice(iter(self.sampler), self.start, None)
 
+    def batches(self, size: int, drop_last: bool) -> Iterator[Any]:
+        """Return an iterator over the batches from here on, as lists."""
+        return whole_lists(self.lists(size), size, drop_last)
+
     def indices(self, start: int, stop: int) -> list[int]:
         """Return the indices at positions of this process's part."""
         told = self.sampler.epoch
@@ -111,17 +128,33 @@ class SamplerOrder(EpochOrder):
     Args:
         sampler: gives indices, or the batches themselves.
         seed: what its draws come from.
+        sized: whether it surely gives as many as it says.
     """
 
     known = False
 
-    def __init__(self, sampler: Any, seed: int) -> None:
+    def __init__(self, sampler: Any, seed: int, sized: bool = False) -> None:
         super().__init__(sampler, True, seed)
-        self.sampler = sampler
+        self.sampler, self.sized = sampler, sized
 
     def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(self.lists(1))
+
+    def lists(self, size: int) -> Iterator[list[Any]]:
+        """Yield what the sampler gives in lists of so many, the last of which may be smaller."""
         self.used = True
-        return itertools.islice(own_stream(self.epoch_seed(), self.sampler), self.start, None)
+        skipped, rest = divmod(self.start, size)
+        assert not rest, "a batch begins at a multiple of its size"
+        return itertools.islice(own_stream(self.epoch_seed(), self.sampler, size), skipped, None)
+
+    def batches(self, size: int, drop_last: bool) -> Iterator[Any]:
+        """Return an iterator over the batches from here on, as lists."""
+        return whole_lists(self.lists(size), size, drop_last)
+
+
+def whole_lists(lists: Iterator[list[Any]], size: int, drop_last: bool) -> Iterator[list[Any]]:
+    """Return the lists, without those that are smaller where they are not wanted."""
+    return itertools.takewhile(lambda batch: len(batch) == size, lists) if drop_last else lists
 
 
 class Placed(list[Any]):
@@ -161,6 +194,8 @@ class PlacedBatches(BatchSampler):
         self.batch_size = batch_size or 1
         self.asked: deque[Placed] = deque(maxlen=ahead)
         """The batches that were asked for last."""
+        self.idle = False
+        """Whether there is nothing to ask for yet."""
 
     def __len__(self) -> int:
         if self.size is None:
@@ -170,17 +205,22 @@ class PlacedBatches(BatchSampler):
 
     def __iter__(self) -> Iterator[Placed]:
         self.asked.clear()
+        if self.idle:
+            return iter(())
         order = self.order.at(self.order.epoch, self.order.lap, self.order.start)  # where it stands now
         self.order.used = True
-        return self._batches(order, iter(order)) if self.size is not None else self._whole_batches(order)
+        return self._batches(order) if self.size is not None else self._whole_batches(order)
 
-    def _batches(self, order: EpochOrder, indices: Iterator[Any]) -> Iterator[Placed]:
+    def whole(self) -> Iterator[Any]:
+        """Iterate without the places: over tensors of indices where they are known, else over lists."""
+        return self.order.batches(self.batch_size, self.drop_last)
+
+    def _batches(self, order: EpochOrder) -> Iterator[Placed]:
         size, position, seed, epoch = self.batch_size, order.start, order.epoch_seed(), order.epoch
-        for batch_idx in itertools.count(position // size):
-            batch = list(itertools.islice(indices, size))
-            if not batch or (self.drop_last and len(batch) < size):
-                return
+        for batch_idx, batch in enumerate(order.lists(size), position // size):
             stop = position + len(batch)
+            if self.drop_last and len(batch) < size:
+                return
             yield self._noted(Placed(batch, order.positions(position, stop), batch_idx, epoch, seed))
             position = stop
 

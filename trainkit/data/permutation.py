@@ -18,6 +18,8 @@ LARGE = 2**20
 """From so many samples on the order is worked out block by block. Orders of a checkpoint change if this does."""
 ROUNDS = 8
 FIRST_BLOCK, LARGEST_BLOCK = 256, 2**16
+MOST_BATCHES = 1024
+"""So many batches of indices are there at once at most."""
 
 
 def permutation(n: int, seed: int) -> Permutation:
@@ -49,11 +51,11 @@ class Permutation:
 
     def index(self, position: int) -> int:
         """Return the index at a position."""
-        return int(self.indices(torch.tensor([self._checked(position)]))[0])
+        return int(self.indices(torch.tensor([self._checked(position)], device="cpu"))[0])
 
     def position(self, index: int) -> int:
         """Return the position of an index."""
-        return int(self.positions(torch.tensor([self._checked(index)]))[0])
+        return int(self.positions(torch.tensor([self._checked(index)], device="cpu"))[0])
 
     def _checked(self, number: int) -> int:
         if not 0 <= number < self.n:
@@ -65,9 +67,22 @@ class Permutation:
         size, stop = FIRST_BLOCK, min(stop, self.n)
         while start < stop:
             end = min(start + size * step, stop)
-            yield self.indices(torch.arange(start, end, step)).tolist()
+            yield self.indices(torch.arange(start, end, step, device="cpu")).tolist()
             start += size * step
             size = min(2 * size, LARGEST_BLOCK)
+
+    def batches(self, start: int, stop: int, size: int) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the indices at positions start to stop in tensors of `size`, many at once; the last may be smaller."""
+        count, stop = max(1, FIRST_BLOCK // size), min(stop, self.n)
+        while start < stop:
+            end = min(start + count * size, stop)
+            for several in torch.split(self.between(start, end), MOST_BATCHES * size):
+                yield torch.split(several, size)
+            start, count = end, min(2 * count, max(1, LARGEST_BLOCK // size))
+
+    def between(self, start: int, stop: int) -> Tensor:
+        """Return the indices at positions start to stop."""
+        return self.indices(torch.arange(start, stop, device="cpu"))
 
 
 class Drawn(Permutation):
@@ -75,18 +90,22 @@ class Drawn(Permutation):
 
     def __init__(self, n: int, seed: int) -> None:
         super().__init__(n, seed)
-        self._order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        self._order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
         self._inverse: Tensor | None = None
 
     def indices(self, positions: Tensor) -> Tensor:
         """Return the index at each position."""
         return self._order[positions]
 
+    def between(self, start: int, stop: int) -> Tensor:
+        """Return the indices at positions start to stop."""
+        return self._order[start:stop]
+
     def positions(self, indices: Tensor) -> Tensor:
         """Return the position of each index."""
         if self._inverse is None:
             self._inverse = torch.empty_like(self._order)
-            self._inverse[self._order] = torch.arange(self.n)
+            self._inverse[self._order] = torch.arange(self.n, device="cpu")
         return self._inverse[indices]
 
 

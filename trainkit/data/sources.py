@@ -10,10 +10,14 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from trainkit.data.combined import Combination, CombinedLoader, Mode, flattened, refilled
 from trainkit.data.distributed import dealt, needs_dealing
+from trainkit.data.indexed import Indexed, has_workers
 from trainkit.data.loader import Batches, Loader
 from trainkit.data.samplers import in_sequence, is_shuffled
+from trainkit.data.workers import Crew
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
 from trainkit.profiler.actions import recorded
@@ -51,6 +55,7 @@ class Sources:
         """Validate every n batches; None: at the end of an epoch."""
         self._earlier = {} if earlier is None else {kind: earlier.num_batches(kind) for kind in STEP}
         self._open: dict[int, Generator[tuple[int, Any, bool]]] = {}  # by loader
+        self._mustered: dict[int, Indexed] = {}  # whose workers have been started before their loader was, by its id
         self._asked: dict[str, float] = {}  # the epoch in which loaders of a kind were asked for
         self._resumed = False  # whether the state of a checkpoint is loaded
 
@@ -135,6 +140,42 @@ class Sources:
                 f"val_check_interval={interval} is a fraction, but train_dataloader has no length. Give a whole number."
             )
         return max(1, int(batches * interval))
+
+    # ------------------------------------------------------------------ workers that start early
+    def muster(self) -> None:
+        """Start the workers of the loaders that fit was given and is sure to need, while the model is set up."""
+        trainer, limits = self.trainer, {"train": self._limit("train")[0]}
+        if trainer.num_sanity_val_steps and trainer.checkpoint is None and self.defined("val"):
+            limits["val"] = self._limit("val")[0]
+        if trainer.world_size > 1 or trainer.overfit_batches:  # these put samplers of their own into the loaders
+            return
+        if 0 in (trainer.max_epochs, trainer.max_steps):
+            return
+        if trainer.strategy.device.type == "cuda":  # a thread that pins memory asks which device is the current one
+            torch.cuda.set_device(trainer.strategy.device)
+        for kind, limit in limits.items():
+            source = self.given.get(kind)
+            leaves = flattened(source.iterables if isinstance(source, CombinedLoader) else source)
+            for leaf, name in zip(leaves, _names(kind, len(leaves)), strict=True):
+                if limit and self._keeps(kind, leaves) and has_workers(leaf):
+                    mustered = self._mustered[id(leaf)] = Indexed(
+                        leaf, name, 0, Crew(leaf, name), keep=True, pinned=self._pins()
+                    )
+                    mustered.muster()
+
+    def prepare(self) -> None:
+        """Let the workers load what training begins with."""
+        progress = self.trainer.progress
+        if not self.trainer.done and not self._due("train"):
+            self.train.prepare(progress.epoch, progress.batch)
+
+    def _pins(self) -> bool:
+        """Whether batches go on to a CUDA device."""
+        return self.trainer.strategy.device.type == "cuda"
+
+    def _keeps(self, kind: str, leaves: list[Any]) -> bool:
+        """Whether workers are kept from epoch to epoch: in fit, and not those of many validation loaders at once."""
+        return self.trainer.fitting and (kind == "train" or len(leaves) == 1)
 
     # ------------------------------------------------------------------ evaluations
     def load_evaluation(self, kind: str) -> None:
@@ -221,7 +262,6 @@ class Sources:
         limit, argument = self._limit(kind)
         owners = (trainer.model, trainer.datamodule)
         may_be_empty = any(getattr(o, "allow_zero_length_dataloader_with_multiple_devices", False) for o in owners)
-        names = [name] if len(leaves) == 1 else [f"{name} {index}" for index in range(len(leaves))]
         loaders = [
             Loader(
                 leaf,
@@ -230,8 +270,11 @@ class Sources:
                 argument=argument,
                 may_be_empty=may_be_empty,
                 seed=derived_seed(self.seed, kind, index),
+                keep=self._keeps(kind, leaves),
+                mustered=self._mustered.pop(id(leaf), None),
+                pinned=self._pins(),
             )
-            for index, (leaf, leaf_name) in enumerate(zip(leaves, names, strict=True))
+            for index, (leaf, leaf_name) in enumerate(zip(leaves, _names(kind, len(leaves)), strict=True))
         ]
         if mode == "sequential" or leaves[0] is source:
             return list(loaders)
@@ -312,12 +355,20 @@ class Sources:
         """Stop the workers, those of an epoch that an error has ended in its middle and those that loaders kept."""
         while self._open:
             self._open.popitem()[1].close()
+        while self._mustered:
+            self._mustered.popitem()[1].dismiss()
         for kind in self.loaders:
             self._close(kind)
 
     def _close(self, kind: str) -> None:
         for loader in self.loaders[kind]:
             loader.close()
+
+
+def _names(kind: str, count: int) -> list[str]:
+    """Return how messages call the loaders of a kind."""
+    name = f"{kind}_dataloader"
+    return [name] if count == 1 else [f"{name} {index}" for index in range(count)]
 
 
 def _is_nothing(source: Any) -> bool:

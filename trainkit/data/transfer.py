@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from trainkit.data.prefetch import SideStream
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
+from trainkit.strategies import Strategy
 from trainkit.tree import tensors
 
 if TYPE_CHECKING:
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
 
     from trainkit.datamodule import DataModule
     from trainkit.module import Module
-    from trainkit.strategies import Strategy
 
 Transfer = Callable[[Any, int], Any]
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -35,8 +36,9 @@ def transfer_of(strategy: Strategy, module: Module, datamodule: DataModule | Non
     before, move, after = map(owner, TRANSFER_HOOKS)
     if strategy.device.type == "cpu" and not (before or move or after):
         return None
+    to_device = mover(strategy)
     if not (before or move or after):
-        return lambda batch, _: strategy.to_device(batch)
+        return to_device
 
     def transfer(batch: Any, dataloader_idx: int) -> Any:
         if before is not None:
@@ -44,10 +46,17 @@ def transfer_of(strategy: Strategy, module: Module, datamodule: DataModule | Non
         if move is not None:
             batch = move.transfer_batch_to_device(batch, strategy.device, dataloader_idx)
         elif strategy.device.type != "cpu":
-            batch = strategy.to_device(batch)
+            batch = to_device(batch, dataloader_idx)
         return after.on_after_batch_transfer(batch, dataloader_idx) if after is not None else batch
 
     return transfer
+
+
+def mover(strategy: Strategy) -> Transfer:
+    """Return what brings a batch to the strategy's device when no hook does; on CUDA while that computes."""
+    if strategy.device.type == "cuda" and type(strategy).to_device is Strategy.to_device:
+        return SideStream(strategy)
+    return lambda batch, _: strategy.to_device(batch)
 
 
 def check_device(batch: Any, device: torch.device) -> None:

@@ -127,6 +127,17 @@ class Crew:
             signals._remove_worker_pids(id(iterator))
             iterator._worker_pids_set = False
 
+    def complete(self) -> bool:
+        """Whether there are workers, and all of them live."""
+        iterator = self._iterator()
+        return iterator is not None and not iterator._shutdown and all(map(_is_alive, iterator._workers))
+
+    def end(self) -> None:
+        """End the workers, though an error may still hold on to who waited for them."""
+        iterator = self._iterator()
+        if iterator is not None:
+            iterator._shutdown_workers()
+
     def receive(self, batches: Iterator[Any], asked: Iterable[Placed] = (), first: int = 0) -> Any:
         """Return the next batch, or the iterator itself at its end; a worker that died is noticed at once.
 
@@ -186,6 +197,10 @@ class Crew:
             indices = " or ".join(str(batch[:]) for batch in batches)
             message += f" of epoch {batches[0].epoch}: samples with the indices {indices}"
         return f"{message}."
+
+
+def _is_alive(process: Any) -> bool:
+    return bool(process.is_alive())
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from trainkit.profiler import PROFILERS, PassThroughProfiler, Profiler
 from trainkit.strategies import SingleDeviceStrategy, Strategy
 
 if TYPE_CHECKING:
+    from trainkit.compiling import Compiler
     from trainkit.trainer import Trainer
 
 
@@ -52,6 +53,7 @@ class Parts:
             )
         self.precision: Precision = plugins.get("precision") or precision_of(given["precision"])
         self.checkpoint_io: CheckpointIO = plugins.get("checkpoint_io") or CheckpointIO()
+        self.compiler = compiler_of(trainer.compile, self.strategy.device)
         set_torch_switches(trainer.deterministic, trainer.benchmark)
         bare = trainer.barebones
         self.profiler = profiler_of(given["profiler"])
@@ -104,6 +106,20 @@ def strategy_of(given: str | Strategy, device: torch.device) -> Strategy:
     raise MisconfigurationException(
         f"strategy must be 'auto', 'single_device' or a Strategy object. Received: {given!r}."
     )
+
+
+def compiler_of(given: bool | str | dict[str, Any], device: torch.device) -> Compiler | None:
+    """Return what compiles the steps, None when nothing does."""
+    if not given:
+        return None
+    if given == "graph" and device.type != "cuda":
+        raise MisconfigurationException(
+            f"compile='graph' replays CUDA graphs and needs a cuda device. Received: accelerator={device.type!r}. Use "
+            "compile=True, or leave it out."
+        )
+    from trainkit.compiling import Compiler
+
+    return Compiler(given, device)
 
 
 def set_torch_switches(deterministic: bool | str | None, benchmark: bool | None) -> None:

@@ -233,6 +233,8 @@ def tear_down(trainer: Trainer, fn: TrainerFn, data: list[DataModule], status: s
             warn(f"the last rows were not logged: {error}.")
     trainer.checkpoint_io.teardown()
     trainer.accelerator.teardown()
+    if trainer.compiler is not None:
+        trainer.compiler.close()
     trainer.state.stage = None
     trainer.metrics.finish()
     if trainer.actions is not None:

@@ -92,6 +92,10 @@ class Trainer(Status):
         nan_policy: what to do about an update whose loss or gradients are not finite. "off" (default): nothing;
             "raise": raise a NonFiniteError before it is made, and write down which samples it was; "skip": leave it
             out, count it in `skipped_updates`, and raise after 100 in a row.
+        compile: True compiles the module's steps with torch.compile; a mode ("default", "reduce-overhead",
+            "max-autotune", "max-autotune-no-cudagraphs") or a dict of its arguments (backend, mode, dynamic,
+            fullgraph, options) does so, too. "auto" goes on without, after a warning, where they can't be compiled.
+            "graph" replays the training step as CUDA graphs. See docs/speed.md.
         reload_dataloaders_every_n_epochs: ask for new loaders every n epochs; 0 for never.
         default_root_dir: where logs and checkpoints go (default: the current directory).
         barebones: turn off everything that could cost time (loggers, checkpoints, progress bar, summary, sanity check,
@@ -148,6 +152,10 @@ class Trainer(Status):
         profiler: Profiler | str | None = None,
         detect_anomaly: bool = False,
         nan_policy: Literal["off", "raise", "skip"] = "off",
+        compile: bool
+        | Literal["auto", "graph", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+        | dict[str, Any]
+        | None = None,
         barebones: bool = False,
         plugins: Any = None,
         sync_batchnorm: bool = False,
@@ -161,6 +169,7 @@ class Trainer(Status):
         parts = components.Parts(self, locals())
         self.accelerator, self.strategy, self.precision_plugin = parts.accelerator, parts.strategy, parts.precision
         self.checkpoint_io, self.profiler = parts.checkpoint_io, parts.profiler
+        self.compiler = parts.compiler
         self.background = Background()
         self.loggers, self.callbacks = parts.loggers, parts.callbacks
         self.actions: Actions | None = None
@@ -471,7 +480,7 @@ class Trainer(Status):
     # ------------------------------------------------------------------ what the loops ask
     def wrapped_step(self, name: str, num_dataloaders: int = 1) -> Callable[..., Any]:
         """Return a step of the module as the loop calls it, in the run's precision and strategy."""
-        method = getattr(self.module, name)
+        method = getattr(self.module, name) if self.compiler is None else self.compiler.compiled(self, name)
         if takes_iterator(method):
             return self._wrapped(name, partial(with_iterator, method))
         given = ("batch", "batch_idx") if name == "training_step" else ("batch", "batch_idx", "dataloader_idx")

@@ -206,7 +206,6 @@ class WithIndex(Net):
 
 class WithoutIndex(Net):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.trainer, self.global_step, self.current_epoch  # noqa: B018
         return self(batch[0]).pow(2).mean()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,28 @@ def set_torch_switches(deterministic: bool | str | None, benchmark: bool | None)
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
+
+
+@contextmanager
+def torch_switches(trainer: Trainer) -> Iterator[None]:
+    """Have torch's process-wide switches as a Trainer wants them for a run of it, and as they were after it.
+
+    `deterministic` and `benchmark` are set when a Trainer is made, too, as in Lightning; another one, made since, may
+    have set them otherwise.
+    """
+    cudnn, precision = torch.backends.cudnn, trainer.matmul_precision
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, matmul = cudnn.benchmark, precision and torch.get_float32_matmul_precision()
+    set_torch_switches(trainer.deterministic, trainer.benchmark)
+    if precision is not None:
+        torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if precision is not None:
+            torch.set_float32_matmul_precision(str(matmul))
 
 
 def loggers_of(given: Any, root: str, trial: bool) -> list[Logger]:

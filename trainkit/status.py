@@ -64,6 +64,9 @@ class Status:
     fast_dev_run: int | bool
     barebones: bool
     compile: bool | str | dict[str, Any]
+    fused_optimizers: bool
+    matmul_precision: str | None
+    channels_last: bool
     compiler: Compiler | None
     num_nodes: int
     num_sanity_val_steps: int | float

@@ -96,6 +96,12 @@ class Trainer(Status):
             "max-autotune", "max-autotune-no-cudagraphs") or a dict of its arguments (backend, mode, dynamic,
             fullgraph, options) does so, too. "auto" goes on without, after a warning, where they can't be compiled.
             "graph" replays the training step as CUDA graphs. See docs/speed.md.
+        fused_optimizers: let torch's SGD, Adam and AdamW use their fused kernels where `configure_optimizers` chose
+            neither `fused` nor `foreach`, and the parameters allow it (default True).
+        matmul_precision: how exact products of float32 matrices are while the Trainer runs: "highest", "high" (TF32 on
+            cuda) or "medium" (bfloat16 inside). None leaves torch's setting alone.
+        channels_last: lay images (4 dimensions) and volumes (5) of batches and of the module in channels-last memory
+            format during a run. Shapes, numbers and checkpoints are the same without it.
         reload_dataloaders_every_n_epochs: ask for new loaders every n epochs; 0 for never.
         default_root_dir: where logs and checkpoints go (default: the current directory).
         barebones: turn off everything that could cost time (loggers, checkpoints, progress bar, summary, sanity check,
@@ -156,6 +162,9 @@ class Trainer(Status):
         | Literal["auto", "graph", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
         | dict[str, Any]
         | None = None,
+        fused_optimizers: bool = True,
+        matmul_precision: Literal["highest", "high", "medium"] | None = None,
+        channels_last: bool = False,
         barebones: bool = False,
         plugins: Any = None,
         sync_batchnorm: bool = False,

@@ -6,6 +6,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,9 @@ def test_a_checkpoint_lies_as_one_without_it_and_each_resumes_the_other(tmp_path
     ends = []
     for path in files:
         for channels_last in (True, False):
-            module = Saving()
-            Trainer(**QUIET, channels_last=channels_last).fit(module, loader(), ckpt_path=path)
+            module, same = Saving(), path.stem == str(channels_last)
+            with nullcontext() if same else pytest.warns(UserWarning, match=r"bits +Trainer\(channels_last\)"):
+                Trainer(**QUIET, channels_last=channels_last).fit(module, loader(), ckpt_path=path)
             ends.append(module)
     for module in ends[1:]:
         for one, other in zip(ends[0].parameters(), module.parameters(), strict=True):

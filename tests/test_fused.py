@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +268,8 @@ def test_a_checkpoint_of_a_run_that_chose_otherwise_is_resumed_in_this_runs_way(
     trained(whole, fused_optimizers=wrote, enable_checkpointing=True, callbacks=[keep])
     module = Net()
     trainer = Trainer(**QUIET, fused_optimizers=reads)
-    trainer.fit(module, loader(), ckpt_path=tmp_path / "step=4.ckpt")
+    with nullcontext() if wrote == reads else pytest.warns(UserWarning, match=r"bits +Trainer\(fused_optimizers\)"):
+        trainer.fit(module, loader(), ckpt_path=tmp_path / "step=4.ckpt")
     assert fused(trainer) == [reads or None]
     assert trainer.global_step == 12
     for one, other in zip(weights(module), weights(whole), strict=True):
@@ -295,7 +297,8 @@ def test_state_that_lies_otherwise_than_its_parameter_is_laid_as_it_is(tmp_path:
     first.save_checkpoint(path := tmp_path / "it.ckpt")
     module, plain = Net(MAKERS["momentum"]), Net(MAKERS["momentum"])
     Trainer(**QUIET).fit(module, loader(), ckpt_path=path)
-    Trainer(**QUIET, fused_optimizers=False).fit(plain, loader(), ckpt_path=path)
+    with pytest.warns(UserWarning, match="bits"):
+        Trainer(**QUIET, fused_optimizers=False).fit(plain, loader(), ckpt_path=path)
     assert all(map(torch.equal, weights(module), weights(plain)))
 
 

@@ -146,7 +146,7 @@ def test_a_resumed_run_ends_as_the_one_that_went_through(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "settings", [{"precision": "bf16-mixed"}, {"precision": "64-true"}, {"fused_optimizers": False}]
+    "settings", [{"precision": "bf16-mixed"}, {"precision": "64-true"}, {"fused_optimizers": True}]
 )
 def test_it_goes_with_precisions_and_optimizers(settings: dict[str, Any]) -> None:
     module = trained(True, **settings)[1]

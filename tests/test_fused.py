@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.utils.data import DataLoader, TensorDataset
 
-from trainkit import Module, Trainer
+from trainkit import Callback, Module, Trainer
 from trainkit.callbacks import BaseFinetuning, ModelCheckpoint
 
 QUIET: dict[str, Any] = {
@@ -47,7 +47,7 @@ def loader() -> DataLoader[Any]:
 
 
 def trained(module: Module, **settings: Any) -> Trainer:
-    trainer = Trainer(**{**QUIET, **settings})
+    trainer = Trainer(**{**QUIET, "fused_optimizers": True, **settings})
     trainer.fit(module, loader())
     return trainer
 
@@ -93,6 +93,18 @@ def test_turned_off_the_update_is_that_of_torchs_plain_loop_to_the_last_bit(name
     module = Net(MAKERS[name])
     assert fused(trained(module, fused_optimizers=False)) == [None]
     assert all(map(torch.equal, weights(module), by_hand(Net(MAKERS[name]))))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_by_default_a_run_on_the_cpu_is_torchs_plain_loop_to_the_last_bit(name: str) -> None:
+    module = Net(MAKERS[name])
+    assert fused(trained(module, fused_optimizers=None)) == [None]
+    assert all(map(torch.equal, weights(module), by_hand(Net(MAKERS[name]))))
+
+
+@pytest.mark.gpu
+def test_by_default_a_run_on_an_accelerator_is_fused() -> None:
+    assert fused(trained(Net(), fused_optimizers=None, accelerator="gpu")) == [True]
 
 
 class MySGD(SGD):
@@ -296,7 +308,7 @@ def test_state_that_lies_otherwise_than_its_parameter_is_laid_as_it_is(tmp_path:
             state["momentum_buffer"] = state["momentum_buffer"].contiguous(memory_format=torch.channels_last)
     first.save_checkpoint(path := tmp_path / "it.ckpt")
     module, plain = Net(MAKERS["momentum"]), Net(MAKERS["momentum"])
-    Trainer(**QUIET).fit(module, loader(), ckpt_path=path)
+    Trainer(**QUIET, fused_optimizers=True).fit(module, loader(), ckpt_path=path)
     with pytest.warns(UserWarning, match="bits"):
         Trainer(**QUIET, fused_optimizers=False).fit(plain, loader(), ckpt_path=path)
     assert all(map(torch.equal, weights(module), weights(plain)))
@@ -323,5 +335,27 @@ def test_an_optimizer_without_parameters_that_learn_is_left_alone() -> None:
 
 
 def test_nothing_looks_at_gradients_after_the_first_step_where_only_autograd_makes_them() -> None:
-    assert not trained(Net()).optimizers[0]._optimizer_step_pre_hooks
-    assert trained(Replaced()).optimizers[0]._optimizer_step_pre_hooks
+    looking = {}
+
+    class Counting(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Module, *_: Any) -> None:
+            looking[type(pl_module)] = len(trainer.optimizers[0]._optimizer_step_pre_hooks)
+
+    trainers = [trained(make(), callbacks=[Counting()]) for make in (Net, Replaced)]
+    assert looking == {Net: 0, Replaced: 1}
+    assert not any(trainer.optimizers[0]._optimizer_step_pre_hooks for trainer in trainers)
+
+
+def test_step_hooks_of_ones_own_are_called_as_ever() -> None:
+    class Hooked(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = Adam(self.parameters())
+            optimizer.register_step_pre_hook(lambda *_: called.append("own"))
+            return optimizer
+
+        def on_train_start(self) -> None:
+            self.optimizers().optimizer.register_step_pre_hook(lambda *_: called.append("late"))
+
+    called: list[str] = []
+    assert fused(trained(Hooked())) == [True]
+    assert called == ["own", "late"] * 12

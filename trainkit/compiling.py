@@ -58,10 +58,12 @@ class Recorder:
     def __init__(self, metrics: Metrics, trainer: Trainer) -> None:
         self.metrics, self.trainer = metrics, trainer
         self.calls: list[tuple[Any, ...]] = []
+        self.noting = False
+        """Whether a CUDA graph is captured, which needs the same."""
 
     def log(self, name: str, value: Any, *options: Any) -> None:
         """Note one value, or log it."""
-        if torch.compiler.is_compiling():
+        if self.noting or torch.compiler.is_compiling():
             if isinstance(value, Tensor):
                 value = value.detach()  # else its graph would be differentiated, too, for a gradient of zeros
             self.calls.append((None, name, value, *options))
@@ -71,7 +73,7 @@ class Recorder:
 
     def print(self, *values: Any, **options: Any) -> None:
         """Note what to print, or print it."""
-        if torch.compiler.is_compiling():
+        if self.noting or torch.compiler.is_compiling():
             values = tuple([value.detach() if isinstance(value, Tensor) else value for value in values])
             self.calls.append((options, *values))
         else:
@@ -134,7 +136,7 @@ class Compiler:
 
     def _begin(self, trainer: Trainer) -> None:
         """Get to know a run."""
-        if self._recorder is None or self._recorder.metrics is not trainer.metrics:
+        if self._recorder is None:
             self._recorder = Recorder(trainer.metrics, trainer)
             trainer.module.attach(trainer, self._recorder)  # type: ignore[arg-type]
         if self._before is None:
@@ -171,6 +173,7 @@ class Compiler:
 
         compiled, recorder, overwrites = self._compiled[name], self._recorder, self.overwrites
         assert recorder is not None
+        noted = trainer.module.__dict__
         training = method.__name__ == "training_step"
         keeps_gradients = training and (
             trainer.accumulate_grad_batches > 1 or not trainer.module.automatic_optimization
@@ -179,6 +182,9 @@ class Compiler:
         @functools.wraps(method)
         def step(*arguments: Any, **keywords: Any) -> Any:
             nonlocal compiled
+            if noted["_run_metrics"] is not recorder:  # who measures with a step lets it log elsewhere meanwhile
+                recorder.metrics = noted["_run_metrics"]
+                trainer.module.attach(trainer, recorder)  # type: ignore[arg-type]
             if overwrites:
                 if keeps_gradients:
                     own_gradients(trainer.module)

@@ -26,6 +26,7 @@ from trainkit.strategies import SingleDeviceStrategy, Strategy
 
 if TYPE_CHECKING:
     from trainkit.compiling import Compiler
+    from trainkit.cuda_graphs import Graphs
     from trainkit.trainer import Trainer
 
 
@@ -55,6 +56,7 @@ class Parts:
         self.precision: Precision = plugins.get("precision") or precision_of(given["precision"])
         self.checkpoint_io: CheckpointIO = plugins.get("checkpoint_io") or CheckpointIO()
         self.compiler = compiler_of(trainer.compile, self.strategy.device)
+        self.graphs = graphs_of(trainer.compile, self.strategy.device)
         set_torch_switches(trainer.deterministic, trainer.benchmark)
         bare = trainer.barebones
         self.profiler = profiler_of(given["profiler"])
@@ -111,16 +113,25 @@ def strategy_of(given: str | Strategy, device: torch.device) -> Strategy:
 
 def compiler_of(given: bool | str | dict[str, Any], device: torch.device) -> Compiler | None:
     """Return what compiles the steps, None when nothing does."""
-    if not given:
+    if not given or given == "graph":
         return None
-    if given == "graph" and device.type != "cuda":
-        raise MisconfigurationException(
-            f"compile='graph' replays CUDA graphs and needs a cuda device. Received: accelerator={device.type!r}. Use "
-            "compile=True, or leave it out."
-        )
     from trainkit.compiling import Compiler
 
     return Compiler(given, device)
+
+
+def graphs_of(given: bool | str | dict[str, Any], device: torch.device) -> Graphs | None:
+    """Return what captures training steps, None when nothing does."""
+    if given != "graph":
+        return None
+    if device.type != "cuda":
+        raise MisconfigurationException(
+            f"compile='graph' replays CUDA graphs and needs a cuda device. This run's is {device.type!r}. Use "
+            "compile=True, or leave it out."
+        )
+    from trainkit.cuda_graphs import Graphs
+
+    return Graphs.on(device)
 
 
 def set_torch_switches(deterministic: bool | str | None, benchmark: bool | None) -> None:

@@ -23,12 +23,16 @@ BETWEEN = ("on_after_backward", "on_before_optimizer_step")
 OWN_PARTS = ("backward", "configure_gradient_clipping", "clip_gradients", "optimizer_step")
 
 
-def choose_fused(trainer: Trainer) -> None:
+def choose_fused(trainer: Trainer) -> list[Watch]:
     """Let the run's optimizers use fused kernels in every group whose user left it open and whose tensors fit.
 
     On the cpu a fused kernel goes through memory without a look at strides, so it is right only as long as a gradient
     lies as its parameter does. autograd sees to that; where user code may replace gradients, each one is looked at.
+
+    Returns:
+        what looks at gradients, to be closed when the run ends.
     """
+    watches = []
     module = trainer.module
     sparse = {id(p) for part in module.modules() if _is_sparse(part) for p in part.parameters(recurse=False)}
     replaced = not module.automatic_optimization or any(is_overridden(module, name) for name in (*BETWEEN, *OWN_PARTS))
@@ -42,7 +46,8 @@ def choose_fused(trainer: Trainer) -> None:
         for group in groups:
             group["fused"] = True
         if groups:
-            Watch(optimizer, for_ever=replaced)
+            watches.append(Watch(optimizer, for_ever=replaced))
+    return watches
 
 
 def _is_sparse(part: nn.Module) -> bool:
@@ -87,16 +92,24 @@ class Watch:
     """
 
     def __init__(self, optimizer: Optimizer, for_ever: bool) -> None:
-        self.for_ever = for_ever
+        self.for_ever, self.done = for_ever, False
         self.handle = optimizer.register_step_pre_hook(self.look)
 
     def look(self, optimizer: Optimizer, *_: Any) -> None:
         """Look at the gradients that are there."""
+        if self.done:
+            return
+        self.done = not self.for_ever
         for group in optimizer.param_groups:
             if group.get("fused") and not all(map(has_fitting_gradient, group["params"])):
                 group["fused"] = None
-        if not self.for_ever:
-            self.handle.remove()
+        hooks = optimizer._optimizer_step_pre_hooks
+        if not self.for_ever and next(reversed(hooks)) == self.handle.id:  # torch is going through them: others follow
+            self.close()
+
+    def close(self) -> None:
+        """Look no more."""
+        self.handle.remove()
 
 
 def has_fitting_gradient(parameter: Tensor) -> bool:

@@ -204,8 +204,6 @@ def configure_optimizers(trainer: Trainer) -> None:
     trainer.metrics.hook = "configure_optimizers"
     with trainer.profiler.profile(f"[LightningModule]{type(trainer.module).__name__}.configure_optimizers"):
         trainer.optimizers, trainer.lr_scheduler_configs = configure(trainer.module)
-    if trainer.fused_optimizers:
-        choose_fused(trainer)
     if trainer.actions is not None:
         names = [f"[Strategy]{type(trainer.strategy).__name__}.optimizer_step"]
         if not trainer.module.automatic_optimization:
@@ -213,9 +211,13 @@ def configure_optimizers(trainer: Trainer) -> None:
         elif not is_overridden(trainer.module, "optimizer_step"):
             names = [f"[LightningModule]{type(trainer.module).__name__}.optimizer_step", *names]
         trainer.actions.watch(trainer.optimizers, *names)
+    wanted = trainer.device.type != "cpu" if trainer.fused_optimizers is None else trainer.fused_optimizers
+    trainer.watches = choose_fused(trainer) if wanted else []
     trainer.schedules = Schedules(trainer.lr_scheduler_configs, trainer)
     trainer.step_optimizers = [StepOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]
     trainer.update = Update(trainer)
+    if trainer.graphs is not None:
+        trainer.graphs.attach(trainer)
 
 
 def log_hyperparameters(trainer: Trainer) -> None:
@@ -254,8 +256,12 @@ def tear_down(trainer: Trainer, fn: TrainerFn, data: list[DataModule], status: s
     trainer.accelerator.teardown()
     if trainer.channels_last:
         channels_last.lay(trainer.module, trainer.optimizers, channels_last.contiguous)
+    for watch in trainer.watches:
+        watch.close()
     if trainer.compiler is not None:
         trainer.compiler.close()
+    if trainer.graphs is not None:
+        trainer.graphs.close()
     trainer.state.stage = None
     trainer.metrics.finish()
     if trainer.actions is not None:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from trainkit.callbacks import ProgressBar
     from trainkit.checkpoint.io import CheckpointIO
     from trainkit.compiling import Compiler
+    from trainkit.cuda_graphs import Graphs
     from trainkit.data.sources import Clock, Sources
+    from trainkit.fused import Watch
     from trainkit.hooks import Hooks
     from trainkit.loggers import Logger
     from trainkit.metrics import Metrics
@@ -59,15 +61,17 @@ class Status:
     checkpoint_io: CheckpointIO
     profiler: Profiler
     optimizers: list[Optimizer]
+    watches: list[Watch]
     state: TrainerState
     default_root_dir: str
     fast_dev_run: int | bool
     barebones: bool
     compile: bool | str | dict[str, Any]
-    fused_optimizers: bool
+    fused_optimizers: bool | None
     matmul_precision: str | None
     channels_last: bool
     compiler: Compiler | None
+    graphs: Graphs | None
     num_nodes: int
     num_sanity_val_steps: int | float
     log_every_n_steps: int

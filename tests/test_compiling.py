@@ -370,6 +370,7 @@ def test_a_checkpoint_of_a_compiled_run_is_an_eager_one(tmp_path: Path) -> None:
     assert all(torch.equal(value, saved[1]["state_dict"][name]) for name, value in saved[0]["state_dict"].items())
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch 2.13's inductor
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_resumed_compiled_run_ends_as_the_one_that_went_through(tmp_path: Path, backend: str) -> None:
     def run(resume: Path | None, **settings: Any) -> Module:

@@ -220,7 +220,6 @@ def test_complex_parameters_and_those_of_integers_are_not() -> None:
     [
         {"precision": "16-mixed"},
         {"precision": "bf16-mixed"},
-        {"precision": "bf16-true"},
         {"precision": "64-true"},
         {"gradient_clip_val": 0.01},
         {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
@@ -234,7 +233,15 @@ def test_it_goes_with_everything_that_reaches_into_an_update(settings: dict[str,
     assert fused(trained(module, **settings)) == [True]
     trained(plain, fused_optimizers=False, **settings)
     for one, other in zip(weights(module), weights(plain), strict=True):
-        torch.testing.assert_close(one, other, **({"atol": 0.01, "rtol": 0.1} if "bf16-true" in str(settings) else {}))
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_parameters_of_16_bits_are_left_to_torch_on_the_cpu(precision: str) -> None:
+    module, plain = Net(MAKERS["momentum"]), Net(MAKERS["momentum"])
+    assert fused(trained(module, precision=precision)) == [None]
+    trained(plain, fused_optimizers=False, precision=precision)
+    assert all(map(torch.equal, weights(module), weights(plain)))
 
 
 class Overflowing(Net):

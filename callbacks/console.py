@@ -126,8 +126,9 @@ class Lines:
                 pairs |= {"best_epoch": best.epoch, "best_step": best.step} if best.epoch is not None else {}
             pairs |= {"checkpoint": ending.checkpoint} if ending.checkpoint else {}
             self._line(pairs, "done ")
-        if ending.resume:
-            self.print(f"resume: {ending.resume}")
+        for label in ("time", "advice", "resume"):
+            if text := getattr(ending, label):
+                self.print(f"{label}: {text}")
 
     def print(self, *values: Any, sep: str = " ", end: str = "\n") -> None:
         text = sep.join(map(str, values))
@@ -272,8 +273,9 @@ class Terminal:
                 self._grid("best", f"{best.name} {number_text(best.value, self._theme.metrics_format)} {where}")
             if ending.checkpoint:
                 self._grid("saved", ending.checkpoint)
-        if ending.resume:
-            self._grid("resume", ending.resume)
+        for label in ("time", "advice", "resume"):
+            if text := getattr(ending, label):
+                self._grid(label, text)
 
     def print(self, *values: Any, sep: str = " ", end: str = "\n") -> None:
         self._gap = True

@@ -277,6 +277,10 @@ def _monitored(trainer: Trainer) -> Best | None:
 
 
 # ---------------------------------------------------------------------- how it ended
+WORTH_ADVICE, WORTH_A_SPLIT = 1.0, 10.0
+"""Seconds; where the time of a shorter run went is not shown at its end, `trainer.report_timing()` has it."""
+
+
 @dataclass(frozen=True)
 class Ending:
     """How a run ended and how to go on."""
@@ -288,12 +292,15 @@ class Ending:
     checkpoint: str  # the best one, or the newest when nothing is monitored; empty when there is none
     resume: str  # the command or call that goes on from the newest checkpoint; empty when there is none
     sentence: str = ""  # tells the rest after an interruption or an error
+    time: str = ""  # where it went; empty for a short run
+    advice: str = ""  # the worst of what is wrong with that; empty when all is well
 
 
 def ending(trainer: Trainer, best: Best | None, elapsed: float, exception: BaseException | None = None) -> Ending:
     """Gather how a fit ended, and how to go on from its newest checkpoint."""
     finished, planned = trainer.progress.epoch, limit(trainer.max_epochs)
     top, newest = checkpoints_of(trainer)
+    timing = trainer.report_timing()
     return Ending(
         epochs=f"{finished} of {planned}" if planned and planned != finished else str(finished),
         step=trainer.global_step,
@@ -302,4 +309,6 @@ def ending(trainer: Trainer, best: Best | None, elapsed: float, exception: BaseE
         checkpoint=short_path(top or newest) if top or newest else "",
         resume=resume_call(trainer, short_path(newest)) if newest else "",
         sentence="" if exception is None else where_it_ended(trainer, exception),
+        time=timing.line if timing.total >= WORTH_A_SPLIT else "",
+        advice=str(timing.advice[0]) if timing.advice and timing.total >= WORTH_ADVICE else "",
     )

@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from trainkit.callback import Callback
 from trainkit.errors import MisconfigurationException
+from trainkit.timing import Spent
 
 if TYPE_CHECKING:
     from trainkit.module import Module
@@ -55,7 +57,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 CALLBACK_ONLY = {"on_sanity_check_start", "on_sanity_check_end", "on_save_point", "on_exception"}
 
 
-def _nothing(*_: Any) -> None:
+def nobody(*_: Any) -> None:
     """Answer for a hook that nobody overrides."""
 
 
@@ -64,24 +66,35 @@ def _first(method: Call, count: int, *arguments: Any) -> Any:
     return method(*arguments[:count])
 
 
-def _each(trainer: Trainer, name: str, calls: tuple[Call, ...], *arguments: Any) -> None:
+Calls = tuple[tuple[Call, Spent], ...]
+
+
+def _each(trainer: Trainer, name: str, calls: Calls, *arguments: Any) -> None:
     """Call all; meanwhile `log` knows in which hook it is called. What they return, a tensor perhaps, is not read."""
     metrics = trainer.metrics
     before, metrics.hook = metrics.hook, name
+    began = perf_counter()
     try:
-        for call in calls:
+        for call, spent in calls:
             call(*arguments)
+            ended = perf_counter()
+            spent.seconds += ended - began
+            began = ended
     finally:
         metrics.hook = before
 
 
-def _each_may_skip(trainer: Trainer, name: str, calls: tuple[Call, ...], *arguments: Any) -> int | None:
+def _each_may_skip(trainer: Trainer, name: str, calls: Calls, *arguments: Any) -> int | None:
     """Call all, and return -1 when any of them did: the rest of the epoch is skipped."""
     metrics, skip = trainer.metrics, None
     before, metrics.hook = metrics.hook, name
+    began = perf_counter()
     try:
-        for call in calls:
+        for call, spent in calls:
             answer = call(*arguments)
+            ended = perf_counter()
+            spent.seconds += ended - began
+            began = ended
             if isinstance(answer, int) and answer == -1:
                 skip = -1
     finally:
@@ -145,7 +158,8 @@ class Hooks:
             ]
             calls = [actions.wrap(f"{kind}.{name}", call) for kind, call in zip(kinds, calls, strict=True)]
         call_all = _each_may_skip if name == "on_train_batch_start" else _each
-        call: Call = partial(call_all, trainer, name, tuple(calls)) if calls else _nothing
+        spent = [trainer.timing.spent_by(owner, name) for owner in owners]
+        call: Call = partial(call_all, trainer, name, tuple(zip(calls, spent, strict=True))) if calls else nobody
         return call if actions is None else actions.span(name, call)
 
     def evaluation(self, stage: str, loaders: int) -> Evaluation:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from trainkit.data.sources import check_dataloader_idx
 from trainkit.errors import MisconfigurationException, warn
+from trainkit.hooks import nobody
 from trainkit.metrics import TRAIN_BATCH
+from trainkit.timing import FOLD
 from trainkit.undo import CutShort, Undo
 
 if TYPE_CHECKING:
@@ -23,17 +26,18 @@ def fit(trainer: Trainer) -> None:
     Counters advance before anybody hears of a finished batch, and ModelCheckpoint writes at save points only, where no
     gradient is pending: what is saved there needs no repair on resume. `metrics` is told where the run is, for `log`.
     """
-    module, precision, progress, sources = trainer.module, trainer.precision_plugin, trainer.progress, trainer.sources
-    hooks, metrics, optimizers, schedules = trainer.hooks, trainer.metrics, trainer.optimizers, trainer.schedules
+    module, progress, sources, metrics = trainer.module, trainer.progress, trainer.sources, trainer.metrics
+    hooks, optimizers, schedules, timing = trainer.hooks, trainer.optimizers, trainer.schedules, trainer.timing
     training_step = trainer.wrapped_step("training_step")  # in float32 on one device: the method itself
     transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
     backward, zero_grad, clip = update.backward, update.zero_grad, update.clip  # None: nothing that is not here
     needs_grad, replay = not update.own_backward, update.replay(training_step, loss_of)
-    step, guard = update.step, update.guard
-    log_every = trainer.log_every_n_steps if trainer.loggers else 0
+    step, guard, unscale, adapt = update.step, update.guard, update.unscale, update.adapt
+    now, lap, log_every = timing.now, timing.lap, trainer.log_every_n_steps or FOLD  # clocks, read between the parts
     metrics.x = progress.window
 
     hooks.on_train_start()
+    timing.begin()
     trainer.switches.begin(module, (trainer.checkpoint or {}).get("switched", {}))  # what is frozen from here on
     while not trainer.done:
         start, gradients = progress.batch, False
@@ -51,10 +55,13 @@ def fit(trainer: Trainer) -> None:
             else:
                 hooks.on_save_point()
 
+        validates, left = bool(sources.loaders.get("val")), now()
         for batch_idx, batch, is_last in batches:
+            arrived = ready = now()
             trainer.batch_idx, trainer.is_last_batch = batch_idx, is_last
             if transfer is not None:
                 batch = transfer(batch, 0)
+                ready = now()
             if batch_idx == start:
                 trainer.check_batch(batch)
             metrics.batch, metrics.x = batch, progress.window
@@ -70,10 +77,7 @@ def fit(trainer: Trainer) -> None:
             if automatic and not gradients:
                 for optimizer in optimizers:
                     hooks.on_before_zero_grad(optimizer)
-                    if zero_grad is None:
-                        optimizer.zero_grad()
-                    else:
-                        zero_grad(progress.epoch, batch_idx, optimizer)
+                    zero_grad(progress.epoch, batch_idx, optimizer)
 
             # Forward, loss, backward.
             output = training_step(batch, batch_idx) if batch is not None else None  # None: nothing is left of it
@@ -87,6 +91,7 @@ def fit(trainer: Trainer) -> None:
                 gradients = True
                 if replay is not None:
                     replay.remember(batch, batch_idx)
+            computed = now()
 
             # Update the weights.
             stepped = trainer.take_manual_step() if not automatic else window_ends and gradients
@@ -97,15 +102,18 @@ def fit(trainer: Trainer) -> None:
                     replay.window.clear()
                 elif moved:
                     for optimizer in optimizers:
-                        precision.unscale(optimizer)
+                        if unscale is not None:
+                            unscale(optimizer)
                         hooks.on_before_optimizer_step(optimizer)
                         if clip is not None:
                             clip(optimizer)
                         moved &= step(optimizer)  # False: float16 overflowed and the weights were held
-                precision.update()
+                if adapt is not None:
+                    adapt()
                 gradients = False
                 if moved and schedules.by_step:
                     schedules.move(schedules.by_step, progress.step + 1)
+            updated = now()
 
             # Count, then tell, log and validate: from here on the counters speak of finished things only.
             progress.batch += 1
@@ -114,10 +122,12 @@ def fit(trainer: Trainer) -> None:
             progress.step += stepped  # a held float16 update counts, too, as in Lightning
             if is_last and automatic:
                 schedules.move(schedules.by_epoch, progress.epoch + 1)
-            hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
-            if log_every and window_ends and (progress.window % log_every == 0 or trainer.should_stop):
-                trainer.log_metrics(metrics.row())
-            if trainer.validation_due(is_last) and not validate(trainer, is_last, window_ends):
+            if hooks.on_train_batch_end is not nobody:
+                hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
+            if window_ends and (progress.window % log_every == 0 or trainer.should_stop):
+                trainer.log_point()
+            lap((left, arrived, ready, computed, updated, now()))
+            if validates and trainer.validation_due(is_last) and not validate(trainer, is_last, window_ends):
                 is_last = False  # a signal cut it short: the epoch is left open
                 break
             if stepped and automatic and schedules.plateau_by_step:
@@ -128,6 +138,8 @@ def fit(trainer: Trainer) -> None:
                 break
             if window_ends:
                 hooks.on_save_point()
+            batch = output = loss = metrics.batch = None  # freed before the next batch is needed
+            left = now()
 
         # A limit inside an epoch ends it early; a signal leaves it open.
         if is_last or (trainer.at_limit and not progress.validating):
@@ -145,12 +157,14 @@ def fit(trainer: Trainer) -> None:
     if trainer.interrupted:  # since the last save point
         hooks.on_save_point()
         trainer.leave_if_interrupted()
+    timing.end()
     hooks.on_train_end()
 
 
 def validate(trainer: Trainer, is_last: bool, window_ends: bool) -> bool:
     """Validate after a training batch; False when a signal cut that short and the resumed run begins with it."""
     metrics, progress, interruption = trainer.metrics, trainer.progress, trainer.interruption
+    began = perf_counter() - trainer.timing.logging
     may_be_cut = window_ends and not trainer.schedules.plateau_by_step  # else there is no save point before its end
     progress.validating = 0
     if may_be_cut and interruption.signal is not None:
@@ -167,6 +181,7 @@ def validate(trainer: Trainer, is_last: bool, window_ends: bool) -> bool:
         cut.undo.take_back()
     metrics.leave_evaluation(TRAIN_BATCH)
     trainer.is_last_batch = is_last
+    trainer.timing.validation += perf_counter() - trainer.timing.logging - began  # without the rows that it wrote
     return not progress.validating
 
 
@@ -260,6 +275,8 @@ def loss_of(output: Any, needs_grad: bool = True) -> Tensor | None:
 
     A `backward` of the module's own may know what to do with a loss that does not require grad.
     """
+    if type(output) is Tensor and not output.ndim and (output.requires_grad or not needs_grad):
+        return output  # most steps': all that follows is for the others
     loss = output
     if isinstance(output, Mapping):
         loss = output.get("loss")
@@ -289,6 +306,8 @@ def loss_of(output: Any, needs_grad: bool = True) -> Tensor | None:
 
 def outputs_of(output: Any, loss: Tensor | None) -> dict[str, Any]:
     """Return what `on_train_batch_end` gets: the "loss" and whatever else the step returned, without the graph."""
+    if output is loss and loss is not None:
+        return {"loss": loss.detach()}
     outputs = dict(output) if isinstance(output, Mapping) else {"loss": output} if output is not None else {}
     if loss is not None:
         outputs["loss"] = loss.detach()

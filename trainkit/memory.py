@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import re
 from io import BytesIO
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -64,3 +66,13 @@ def get_model_size_mb(model: nn.Module) -> float:
     file = BytesIO()
     torch.save(model.state_dict(), file)
     return len(file.getbuffer()) / 1e6
+
+
+def swapped_out() -> int:
+    """Return how many bytes of this process are swapped out; 0 where the system does not say, which is Linux only."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^VmSwap:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0

@@ -24,6 +24,7 @@ from trainkit.errors import MisconfigurationException, SearchOver, warn
 from trainkit.fused import choose_fused
 from trainkit.hooks import Hooks, announced, is_overridden
 from trainkit.hparams import HyperParameters, merged_hparams, tell_of_secrets
+from trainkit.lazy_compiler import defer_compiler
 from trainkit.metrics import Metrics, NoMetrics
 from trainkit.module import Module
 from trainkit.optim import Schedules, configure
@@ -32,6 +33,7 @@ from trainkit.random import seed_of_state
 from trainkit.redaction import redacted
 from trainkit.signals import Interrupted
 from trainkit.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from trainkit.timing import timing_of
 from trainkit.update import StepOptimizer, Update
 
 if TYPE_CHECKING:
@@ -138,6 +140,9 @@ def attach(
         if trainer.max_epochs is None:
             trainer.max_epochs = 1000  # nothing else limits the run
         trainer.optimizers, trainer.lr_scheduler_configs = [], []
+    trainer.timing = timing_of(trainer.device)
+    if fn == TrainerFn.FITTING:
+        trainer.fit_timing = trainer.timing
     trainer.actions = actions_of(trainer.profiler)
     trainer.profiler._lightning_module = module
     trainer.metrics.hook = "setup"
@@ -202,6 +207,7 @@ def set_profiler_up(trainer: Trainer, stage: str) -> None:
 def configure_optimizers(trainer: Trainer) -> None:
     """Make optimizers and schedules, when the parameters are where they will be trained."""
     trainer.metrics.hook = "configure_optimizers"
+    defer_compiler()
     with trainer.profiler.profile(f"[LightningModule]{type(trainer.module).__name__}.configure_optimizers"):
         trainer.optimizers, trainer.lr_scheduler_configs = configure(trainer.module)
     if trainer.actions is not None:
@@ -247,6 +253,7 @@ def tear_down(trainer: Trainer, fn: TrainerFn, data: list[DataModule], status: s
                 raise
             ongoing.add_note(f"teardown({stage!r}) failed too: {type(error).__name__}: {error}")
     trainer.sources.close()
+    trainer.timing.end()  # an error may have come before
     for logger in trainer.loggers:
         try:
             logger.finalize(status)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from trainkit import arguments, components, loop, slurm
 from trainkit.accelerators import Accelerator
+from trainkit.advice import Report, report
 from trainkit.callback import Callback
 from trainkit.checkpoint import restore, saving
 from trainkit.checkpoint.background import Background
@@ -40,6 +42,7 @@ from trainkit.stages import RunningStage, TrainerFn, TrainerState
 from trainkit.state import Progress, Switches
 from trainkit.status import Status, results_table
 from trainkit.strategies import Strategy
+from trainkit.timing import Timing
 from trainkit.tree import map_tensors
 from trainkit.update import StepOptimizer
 
@@ -189,6 +192,8 @@ class Trainer(Status):
         self.progress = Progress()
         self.switches = Switches()
         self.metrics = Metrics()
+        self.timing = self.fit_timing = Timing()
+        """The clocks of the run, and of the last fit."""
         self.state = TrainerState()
         self.interruption = Interruption()
         self.command: str | None = None
@@ -376,6 +381,19 @@ class Trainer(Status):
             >>> batch = trainer.replay("lightning_logs/version_0/nonfinite-step=120.json", model)  # doctest: +SKIP
         """
         return replayed(self, position, model, train_dataloaders, datamodule)
+
+    def report_timing(self) -> Report:
+        """Return where the time of the last fit went, or of the one that runs until now: `print` it for the table.
+
+        Its parts: waiting for data, transfer, forward and backward, optimizer, callbacks, logging, checkpoint,
+        validation, and the rest, in seconds; then each callback's share, and advice where something is wrong.
+
+        Example:
+            >>> trainer = Trainer()
+            >>> print(trainer.report_timing())
+            no timing yet: a fit of at least two steps has one
+        """
+        return report(self)
 
     # ------------------------------------------------------------------ a run begins
     def _anomalies(self) -> AbstractContextManager[Any]:
@@ -571,6 +589,7 @@ class Trainer(Status):
         """
         if not values or self.sanity_checking or not self.loggers:
             return
+        began = perf_counter()
         row = numbers(values)
         self.metrics.note_row(values)
         if step is None:
@@ -578,12 +597,21 @@ class Trainer(Status):
             if x is None:
                 row.setdefault("epoch", self.current_epoch)
             step = self.log_step if x is None else int(x)
+        save = self.timing.writing_due(began)
         for logger in self.loggers:
             try:
                 logger.log_metrics(metrics=row, step=step)
-                logger.save()
+                if save:
+                    logger.save()
             except OSError as error:  # a full disk must not cost the run; file loggers keep the rows and try again
                 warn(f"step {step} was not logged: {error}.")
+        self.timing.logging += perf_counter() - began
+
+    def log_point(self) -> None:
+        """Hand the loggers what was logged last in the training steps, and where their time went."""
+        self.timing.fold()
+        if self.loggers and self.log_every_n_steps:
+            self.log_metrics(self.metrics.row() | self.timing.row())
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print, above the progress bar if there is one."""

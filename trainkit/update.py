@@ -19,6 +19,7 @@ from trainkit.errors import MisconfigurationException
 from trainkit.hooks import announced, is_overridden
 from trainkit.metrics import TRAIN_BATCH
 from trainkit.nonfinite import guard_of
+from trainkit.precision import Precision
 from trainkit.profiler.actions import recorded
 
 if TYPE_CHECKING:
@@ -38,9 +39,13 @@ class Update:
     def __init__(self, trainer: Trainer) -> None:
         module, precision = trainer.module, trainer.precision_plugin
         self.trainer = trainer
-        self.zero_grad: Step | None = None
+        self.zero_grad: Step = clear
+        self.unscale = changed(precision, "unscale")
+        self.adapt = changed(precision, "update")
         self.clip: Callable[[Optimizer], None] | None = None
         self.backward: Step = precision.backward
+        if type(precision).backward is Precision.backward and type(precision).scale is Precision.scale:
+            self.backward = Tensor.backward
         self.own_backward = is_overridden(module, "backward")
         if is_overridden(module, "optimizer_zero_grad"):
             self.zero_grad = announced(trainer, "optimizer_zero_grad", module.optimizer_zero_grad)
@@ -89,6 +94,21 @@ class Update:
         if own_step or any(wants_closure(optimizer) for optimizer in trainer.optimizers):
             return Replay(trainer, self, training_step, loss_of)
         return None
+
+
+def clear(epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+    """Clear an optimizer's gradients; torch's own way takes a tiny model's whole backward to write down that it did."""
+    if getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad:  # a class or object of its own
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+
+
+def changed(precision: Precision, name: str) -> Callable[..., Any] | None:
+    """Return a precision's method, None where it is the one that does nothing."""
+    return None if getattr(type(precision), name) is getattr(Precision, name) else getattr(precision, name)
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
@@ -157,10 +177,7 @@ class Replay:
             if number == 0:
                 for optimizer in trainer.optimizers:
                     hooks.on_before_zero_grad(optimizer)
-                    if own.zero_grad is None:
-                        optimizer.zero_grad()
-                    else:
-                        own.zero_grad(trainer.progress.epoch, batch_idx, optimizer)
+                    own.zero_grad(trainer.progress.epoch, batch_idx, optimizer)
             loss = self.loss_of(self.training_step(batch, batch_idx))
             if loss is None:
                 continue

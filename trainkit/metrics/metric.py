@@ -158,8 +158,11 @@ def numbers(values: dict[str, Any]) -> dict[str, float]:
             by_device.setdefault(value.device, []).append(name)
     read: dict[str, float] = {}
     for device, names in by_device.items():
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        read.update(zip(names, torch.stack([values[name].to(wide) for name in names]).tolist(), strict=True))
+        several = [values[name] for name in names]
+        if len({value.dtype for value in several}) > 1:
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            several = [value.to(wide) for value in several]
+        read.update(zip(names, map(float, torch.stack(several).tolist()), strict=True))
     return {name: read[name] if name in read else float(value) for name, value in values.items()}
 
 

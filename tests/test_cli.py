@@ -920,6 +920,23 @@ def test_what_the_trainer_refuses_during_the_run_names_the_users_line(run: Run) 
     assert "nothing was started" not in result.err
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin `time.sleep")
+@pytest.mark.parametrize("compile", ["true", "max-autotune", "auto", "{backend: eager, dynamic: true}"])
+def test_steps_are_compiled_from_a_file(compile: str, config: Path, run: Run) -> None:
+    config.write_text(CONFIG.replace("trainer:", f"trainer:\n  compile: {compile}\n  fast_dev_run: true"))
+    if compile.startswith("{"):
+        done = run("fit", "--config", str(config), "--trainer.accelerator=cpu", *QUIET)
+        assert done.code == 0, done.err
+    shown = run("fit", "--config", str(config), "--print_config")
+    assert yaml.safe_load(shown.out)["trainer"]["compile"] == yaml.safe_load(compile)
+
+
+def test_a_graph_on_the_cpu_is_one_message(config: Path, run: Run) -> None:
+    done = run("fit", "--config", str(config), "--trainer.accelerator=cpu", "--trainer.compile=graph")
+    assert done.code == 2
+    assert "needs a cuda device" in done.err
+
+
 def test_validate_and_test_print_their_metrics(config: Path, run: Run) -> None:
     for command in ("validate", "test"):
         result = run(command, "-c", "run.yaml", *QUIET)

@@ -91,6 +91,47 @@ def choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
     raise MisconfigurationException(f"{name} must be {' or '.join(map(repr, choices))}. Received: {value!r}.")
 
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "backend": (str, Callable),  # type: ignore[dict-item]
+    "mode": (str,),
+    "dynamic": (bool,),
+    "fullgraph": (bool,),
+    "options": (dict,),
+}
+"""What torch.compile takes."""
+
+
+def compilation(name: str, value: Any) -> bool | str | dict[str, Any]:
+    """Return what to compile with: False, True, a mode, "auto", "graph", or arguments of torch.compile."""
+    if value is None or value is False:
+        return False
+    words = ("auto", "graph", *COMPILE_MODES)
+    if value is True or (isinstance(value, str) and value in words):
+        return value
+    possible = f"True, False, {', '.join(map(repr, words))}, or a dict of {', '.join(COMPILE_ARGUMENTS)}"
+    if isinstance(value, str):
+        raise MisconfigurationException(f"{name} must be {possible}. Received: {value!r}.")
+    if not isinstance(value, Mapping):
+        raise WrongTypeException(f"{name} must be {possible}. Received: {value!r}.")
+    for key, setting in value.items():
+        if key not in COMPILE_ARGUMENTS:
+            raise MisconfigurationException(
+                f"{name}={dict(value)!r}: torch.compile has no {key!r}; a dict may have {', '.join(COMPILE_ARGUMENTS)}."
+            )
+        if setting is not None and not isinstance(setting, COMPILE_ARGUMENTS[key]):
+            wanted = " or ".join(kind.__name__ for kind in COMPILE_ARGUMENTS[key])
+            raise WrongTypeException(f"{name}: {key!r} must be of type {wanted}. Received: {setting!r}.")
+    given = {key: setting for key, setting in value.items() if setting is not None}
+    if "mode" in given and given["mode"] not in COMPILE_MODES:
+        raise MisconfigurationException(
+            f"{name}: 'mode' must be one of {', '.join(map(repr, COMPILE_MODES))}. Received: {given['mode']!r}."
+        )
+    if "mode" in given and "options" in given:
+        raise MisconfigurationException(f"{name}: 'mode' stands for a set of 'options'. Give one of the two.")
+    return given or True
+
+
 def validation_interval(value: Any, every_n_epoch: int | None) -> float | timedelta:
     """Return val_check_interval: a fraction of the epoch, a number of batches, or a time."""
     if isinstance(value, (str, timedelta, Mapping)):
@@ -154,6 +195,10 @@ SETTINGS: dict[str, Check] = {
     "inference_mode": flag,
     "detect_anomaly": flag,
     "nan_policy": lambda name, value: choice(name, "off" if value is None else value, ("off", "raise", "skip")),
+    "compile": compilation,
+    "matmul_precision": lambda name, value: choice(name, value, ("highest", "high", "medium")),
+    "channels_last": flag,
+    "fused_optimizers": flag,
     "barebones": flag,
     "sync_batchnorm": flag,
     "use_distributed_sampler": flag,

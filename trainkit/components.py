@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from trainkit.profiler import PROFILERS, PassThroughProfiler, Profiler
 from trainkit.strategies import SingleDeviceStrategy, Strategy
 
 if TYPE_CHECKING:
+    from trainkit.compiling import Compiler
+    from trainkit.cuda_graphs import Graphs
     from trainkit.trainer import Trainer
 
 
@@ -52,6 +55,8 @@ class Parts:
             )
         self.precision: Precision = plugins.get("precision") or precision_of(given["precision"])
         self.checkpoint_io: CheckpointIO = plugins.get("checkpoint_io") or CheckpointIO()
+        self.compiler = compiler_of(trainer.compile, self.strategy.device)
+        self.graphs = graphs_of(trainer.compile, self.strategy.device)
         set_torch_switches(trainer.deterministic, trainer.benchmark)
         bare = trainer.barebones
         self.profiler = profiler_of(given["profiler"])
@@ -106,6 +111,29 @@ def strategy_of(given: str | Strategy, device: torch.device) -> Strategy:
     )
 
 
+def compiler_of(given: bool | str | dict[str, Any], device: torch.device) -> Compiler | None:
+    """Return what compiles the steps, None when nothing does."""
+    if not given or given == "graph":
+        return None
+    from trainkit.compiling import Compiler
+
+    return Compiler(given, device)
+
+
+def graphs_of(given: bool | str | dict[str, Any], device: torch.device) -> Graphs | None:
+    """Return what captures training steps, None when nothing does."""
+    if given != "graph":
+        return None
+    if device.type != "cuda":
+        raise MisconfigurationException(
+            f"compile='graph' replays CUDA graphs and needs a cuda device. This run's is {device.type!r}. Use "
+            "compile=True, or leave it out."
+        )
+    from trainkit.cuda_graphs import Graphs
+
+    return Graphs.on(device)
+
+
 def set_torch_switches(deterministic: bool | str | None, benchmark: bool | None) -> None:
     """Set torch's process-wide switches; None leaves them alone."""
     if benchmark is not None or deterministic is not None:
@@ -114,6 +142,28 @@ def set_torch_switches(deterministic: bool | str | None, benchmark: bool | None)
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
+
+
+@contextmanager
+def torch_switches(trainer: Trainer) -> Iterator[None]:
+    """Have torch's process-wide switches as a Trainer wants them for a run of it, and as they were after it.
+
+    `deterministic` and `benchmark` are set when a Trainer is made, too, as in Lightning; another one, made since, may
+    have set them otherwise.
+    """
+    cudnn, precision = torch.backends.cudnn, trainer.matmul_precision
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, matmul = cudnn.benchmark, precision and torch.get_float32_matmul_precision()
+    set_torch_switches(trainer.deterministic, trainer.benchmark)
+    if precision is not None:
+        torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        cudnn.benchmark = benchmark
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if precision is not None:
+            torch.set_float32_matmul_precision(str(matmul))
 
 
 def loggers_of(given: Any, root: str, trial: bool) -> list[Logger]:

@@ -96,6 +96,8 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
         trainer = self.__dict__.get("_trainer")
         if trainer is None:
             print(*args, **kwargs)
+        elif trainer.compiler is not None and torch.compiler.is_compiling():  # printed when the step is over
+            self._run_metrics.print(*args, **kwargs)  # type: ignore[union-attr]
         else:
             trainer.print(*args, **kwargs)
 

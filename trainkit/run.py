@@ -15,12 +15,13 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit import components, resume_hint
+from trainkit import channels_last, components, resume_hint
 from trainkit.checkpoint import changes, restore
 from trainkit.data.sources import Sources
 from trainkit.data.transfer import TRANSFER_HOOKS, transfer_of
 from trainkit.datamodule import DataModule
 from trainkit.errors import MisconfigurationException, SearchOver, warn
+from trainkit.fused import choose_fused
 from trainkit.hooks import Hooks, announced, is_overridden
 from trainkit.hparams import HyperParameters, merged_hparams, tell_of_secrets
 from trainkit.lazy_compiler import defer_compiler
@@ -56,6 +57,19 @@ def running(
     sources: Mapping[str, Any],
 ) -> Iterator[None]:
     """Set a run up, and tear it down whatever happens in between."""
+    with components.torch_switches(trainer), _running(trainer, fn, model, datamodule, ckpt_path, sources):
+        yield
+
+
+@contextmanager
+def _running(
+    trainer: Trainer,
+    fn: TrainerFn,
+    model: Module | None,
+    datamodule: DataModule | None,
+    ckpt_path: str | PathLike[str] | None,
+    sources: Mapping[str, Any],
+) -> Iterator[None]:
     attach(trainer, fn, model, datamodule, dict(sources))
     if fn == TrainerFn.FITTING:
         components.check_can_train(trainer)
@@ -167,6 +181,9 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
         trainer.sources.muster()
     trainer.strategy.setup(module)
     trainer.transfer = transfer_of(trainer.strategy, module, trainer.datamodule)
+    if trainer.channels_last:
+        channels_last.lay(module, (), channels_last.channels_last)
+        trainer.transfer = channels_last.after(trainer.transfer)
     if trainer.transfer is not None and any(is_overridden(o, name) for o in (*data, module) for name in TRANSFER_HOOKS):
         trainer.transfer = announced(trainer, "transfer_batch_to_device", trainer.transfer)
     if trainer.actions is not None and trainer.transfer is not None:
@@ -202,9 +219,13 @@ def configure_optimizers(trainer: Trainer) -> None:
         elif not is_overridden(trainer.module, "optimizer_step"):
             names = [f"[LightningModule]{type(trainer.module).__name__}.optimizer_step", *names]
         trainer.actions.watch(trainer.optimizers, *names)
+    wanted = trainer.device.type != "cpu" if trainer.fused_optimizers is None else trainer.fused_optimizers
+    trainer.watches = choose_fused(trainer) if wanted else []
     trainer.schedules = Schedules(trainer.lr_scheduler_configs, trainer)
     trainer.step_optimizers = [StepOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]
     trainer.update = Update(trainer)
+    if trainer.graphs is not None:
+        trainer.graphs.attach(trainer)
 
 
 def log_hyperparameters(trainer: Trainer) -> None:
@@ -242,6 +263,14 @@ def tear_down(trainer: Trainer, fn: TrainerFn, data: list[DataModule], status: s
             warn(f"the last rows were not logged: {error}.")
     trainer.checkpoint_io.teardown()
     trainer.accelerator.teardown()
+    if trainer.channels_last:
+        channels_last.lay(trainer.module, trainer.optimizers, channels_last.contiguous)
+    for watch in trainer.watches:
+        watch.close()
+    if trainer.compiler is not None:
+        trainer.compiler.close()
+    if trainer.graphs is not None:
+        trainer.graphs.close()
     trainer.state.stage = None
     trainer.metrics.finish()
     if trainer.actions is not None:

@@ -6,11 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+from torch import Tensor
+
 from trainkit.errors import CheckpointError
 from trainkit.random import random_state, set_random_state
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
     from trainkit.callback import Callback
     from trainkit.trainer import Trainer
@@ -72,6 +76,39 @@ class Each:
             )
         for part, saved in zip(self.parts, state, strict=True):
             part.load_state_dict(saved)
+
+
+WAYS = ("foreach", "fused", "capturable")
+"""Options of an optimizer that say how an update is computed, not what it is: a run's own and not its checkpoint's."""
+
+
+class Updating:
+    """An optimizer, whose checkpoint may be of a run that computed its updates in another way."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        own = self.optimizer.param_groups
+        if len(own) == len(state["param_groups"]):  # else it is torch's to say so
+            ways = [{way: group[way] for way in WAYS if way in group} for group in own]
+            state = {
+                **state,
+                "param_groups": [{**saved, **way} for saved, way in zip(state["param_groups"], ways, strict=True)],
+            }
+        self.optimizer.load_state_dict(state)
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                alike = (
+                    isinstance(value, Tensor) and value.shape == parameter.shape and value.layout == parameter.layout
+                )
+                if alike and value.layout is torch.strided and value.stride() != parameter.stride():
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(
+                        value
+                    )  # fused kernels need it so
 
 
 class ByKey:
@@ -147,7 +184,7 @@ def resume_state(trainer: Trainer) -> dict[str, Stateful]:
     return {
         "precision": trainer.precision_plugin,
         "progress": trainer.progress,
-        "optimizer_states": Each("optimizers", trainer.optimizers),
+        "optimizer_states": Each("optimizers", map(Updating, trainer.optimizers)),
         "lr_schedulers": Each("lr schedulers", [config.scheduler for config in trainer.lr_scheduler_configs]),
         "loader": trainer.sources,
         "metrics": trainer.metrics,

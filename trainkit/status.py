@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from trainkit.callback import Callback
     from trainkit.callbacks import ProgressBar
     from trainkit.checkpoint.io import CheckpointIO
+    from trainkit.compiling import Compiler
+    from trainkit.cuda_graphs import Graphs
     from trainkit.data.sources import Clock, Sources
+    from trainkit.fused import Watch
     from trainkit.hooks import Hooks
     from trainkit.loggers import Logger
     from trainkit.metrics import Metrics
@@ -58,10 +61,17 @@ class Status:
     checkpoint_io: CheckpointIO
     profiler: Profiler
     optimizers: list[Optimizer]
+    watches: list[Watch]
     state: TrainerState
     default_root_dir: str
     fast_dev_run: int | bool
     barebones: bool
+    compile: bool | str | dict[str, Any]
+    fused_optimizers: bool | None
+    matmul_precision: str | None
+    channels_last: bool
+    compiler: Compiler | None
+    graphs: Graphs | None
     num_nodes: int
     num_sanity_val_steps: int | float
     log_every_n_steps: int
@@ -100,7 +110,7 @@ class Status:
     @property
     def current_epoch(self) -> int:
         """The epoch that is running, from 0; one more after its end, which a limit may bring about."""
-        cut_short = self.progress.batch > 0 and not self.fitting and not self.interrupted
+        cut_short = not self.fitting and not self.interrupted and self.progress.batch > 0
         return self.progress.epoch + cut_short
 
     @property
@@ -117,6 +127,11 @@ class Status:
     def skipped_updates(self) -> int:
         """How many updates `nan_policy="skip"` left out so far; `global_step` counts them, too."""
         return self.progress.skipped
+
+    @property
+    def recompiles(self) -> int:
+        """How often `Trainer(compile=...)` had to compile a step again; each time costs seconds, and warns."""
+        return self.compiler.recompiles if self.compiler is not None else 0
 
     @property
     def estimated_stepping_batches(self) -> int | float:

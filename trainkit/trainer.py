@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from trainkit.data.transfer import Transfer, check_device
 from trainkit.datamodule import DataModule
 from trainkit.empty_init import EmptyInit
 from trainkit.errors import MisconfigurationException, NoCheckpointError, warn
+from trainkit.fused import Watch
 from trainkit.hooks import fitted, is_overridden, takes_iterator, with_iterator
 from trainkit.loggers import Logger
 from trainkit.metrics import Metrics, numbers
@@ -95,6 +96,17 @@ class Trainer(Status):
         nan_policy: what to do about an update whose loss or gradients are not finite. "off" (default): nothing;
             "raise": raise a NonFiniteError before it is made, and write down which samples it was; "skip": leave it
             out, count it in `skipped_updates`, and raise after 100 in a row.
+        compile: True compiles the module's steps with torch.compile; a mode ("default", "reduce-overhead",
+            "max-autotune", "max-autotune-no-cudagraphs") or a dict of its arguments (backend, mode, dynamic,
+            fullgraph, options) does so, too. "auto" goes on without, after a warning, where they can't be compiled.
+            "graph" replays the training step as CUDA graphs. See docs/speed.md.
+        fused_optimizers: let torch's SGD, Adam and AdamW use their fused kernels where `configure_optimizers` chose
+            neither `fused` nor `foreach`, and the parameters allow it. None (default): on accelerators; True: on the
+            cpu, too, where the last bits are then not those of torch's plain update; False: nowhere.
+        matmul_precision: how exact products of float32 matrices are while the Trainer runs: "highest", "high" (TF32 on
+            cuda) or "medium" (bfloat16 inside). None leaves torch's setting alone.
+        channels_last: lay images (4 dimensions) and volumes (5) of batches and of the module in channels-last memory
+            format during a run. Shapes, numbers and checkpoints are the same without it.
         reload_dataloaders_every_n_epochs: ask for new loaders every n epochs; 0 for never.
         default_root_dir: where logs and checkpoints go (default: the current directory).
         barebones: turn off everything that could cost time (loggers, checkpoints, progress bar, summary, sanity check,
@@ -151,6 +163,13 @@ class Trainer(Status):
         profiler: Profiler | str | None = None,
         detect_anomaly: bool = False,
         nan_policy: Literal["off", "raise", "skip"] = "off",
+        compile: bool
+        | Literal["auto", "graph", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+        | dict[str, Any]
+        | None = None,
+        fused_optimizers: bool | None = None,
+        matmul_precision: Literal["highest", "high", "medium"] | None = None,
+        channels_last: bool = False,
         barebones: bool = False,
         plugins: Any = None,
         sync_batchnorm: bool = False,
@@ -164,6 +183,7 @@ class Trainer(Status):
         parts = components.Parts(self, locals())
         self.accelerator, self.strategy, self.precision_plugin = parts.accelerator, parts.strategy, parts.precision
         self.checkpoint_io, self.profiler = parts.checkpoint_io, parts.profiler
+        self.compiler, self.graphs = parts.compiler, parts.graphs
         self.background = Background()
         self.loggers, self.callbacks = parts.loggers, parts.callbacks
         self.actions: Actions | None = None
@@ -187,6 +207,8 @@ class Trainer(Status):
         self.optimizers: list[Optimizer] = []
         self.step_optimizers: list[StepOptimizer] = []
         """The optimizers as user code gets them."""
+        self.watches: list[Watch] = []
+        """What looks at gradients for the optimizers' fused kernels."""
         self.lr_scheduler_configs: list[LRSchedulerConfig] = []
         self.stepped_manually = False
         self.datamodule: DataModule | None = None
@@ -233,10 +255,9 @@ class Trainer(Status):
         """
         self.ckpt_strict = ckpt_strict
         sources = {"train": train_dataloaders, "val": val_dataloaders}
-        anomalies = torch.autograd.set_detect_anomaly(True) if self.detect_anomaly else nullcontext()
         ckpt_path = slurm.noted_checkpoint(self) or self._named_checkpoint(ckpt_path)
         run = running(self, TrainerFn.FITTING, model, datamodule, ckpt_path, sources)
-        with slurm.queued_again(self), self.interruption.listening(at_once=STOPS), run, anomalies:
+        with self._anomalies(), slurm.queued_again(self), self.interruption.listening(at_once=STOPS), run:
             self._sanity_check()
             self._load_data()
             ended = self.done and self.checkpoint is None  # one that was killed at its end has yet to be told of it
@@ -375,6 +396,10 @@ class Trainer(Status):
         return report(self)
 
     # ------------------------------------------------------------------ a run begins
+    def _anomalies(self) -> AbstractContextManager[Any]:
+        """Return what lets autograd look for a NaN; it is on from here on."""
+        return torch.autograd.set_detect_anomaly(True) if self.detect_anomaly else nullcontext()
+
     def _sanity_check(self) -> None:
         """Try a few validation batches, so that a mistake in validation shows before an epoch is spent."""
         steps = self.num_sanity_val_steps
@@ -490,7 +515,7 @@ class Trainer(Status):
     # ------------------------------------------------------------------ what the loops ask
     def wrapped_step(self, name: str, num_dataloaders: int = 1) -> Callable[..., Any]:
         """Return a step of the module as the loop calls it, in the run's precision and strategy."""
-        method = getattr(self.module, name)
+        method = getattr(self.module, name) if self.compiler is None else self.compiler.compiled(self, name)
         if takes_iterator(method):
             return self._wrapped(name, partial(with_iterator, method))
         given = ("batch", "batch_idx") if name == "training_step" else ("batch", "batch_idx", "dataloader_idx")
@@ -504,6 +529,8 @@ class Trainer(Status):
         if actions is not None:
             step = actions.wrap(f"[LightningModule]{type(self.module).__name__}.{name}", step)
         step = self.strategy.wrap(self.precision_plugin.wrap(step))
+        if name == "training_step" and self.graphs is not None:
+            step = self.graphs.training_step(step)
         if actions is not None:
             step = actions.wrap(f"[Strategy]{type(self.strategy).__name__}.{name}", step)
         return step

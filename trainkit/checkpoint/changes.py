@@ -45,6 +45,8 @@ TRAINER = (
     "deterministic",
 )
 """The Trainer's arguments that change what a run computes. Limits in epochs, steps or time only say when it ends."""
+WAYS = ("compile", "fused_optimizers", "matmul_precision", "channels_last")
+"""The Trainer's arguments that change how it is computed, and so the last bits."""
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _NOTHING = "none"
@@ -73,6 +75,7 @@ def made_of(trainer: Trainer) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "trainer": arguments,
+        "ways": {name: _plain(_setting(trainer, name)) for name in WAYS},
         "model": _parts(trainer.module),
         "optimizers": [_optimizer(optimizer, trainer.module) for optimizer in trainer.optimizers],
         "schedulers": [type(config.scheduler).__qualname__ for config in trainer.lr_scheduler_configs],
@@ -131,6 +134,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[C
     yield from _changed("result", before.get("model"), now["model"], lambda name: f"model{name and '.' + name}")
     yield from _optimizers(before.get("optimizers"), now["optimizers"])
     yield from _lists("result", "lr schedulers", before.get("schedulers"), now["schedulers"])
+    yield from _changed("bits", before.get("ways"), now["ways"], "Trainer({})".format)
     yield from _changed("bits", before.get("machine"), now["machine"], str)
     if None not in (before.get("seed"), now["seed"]) and before["seed"] != now["seed"]:
         yield Change("kept", "seed", str(before["seed"]), str(now["seed"]))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from trainkit.channels_last import as_saved
 from trainkit.checkpoint import changes, lightning, store
 from trainkit.errors import (
     CheckpointError,
@@ -29,6 +30,10 @@ from trainkit.state import ByKey, resume_state
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
+
+
+LAID = ("state_dict", "optimizer_states")
+"""Where in a checkpoint tensors are that `channels_last` lays in another order."""
 
 
 def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
@@ -73,6 +78,8 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
             tell_of_secrets(datamodule)
             checkpoint[datamodule.CHECKPOINT_HYPER_PARAMS_NAME] = datamodule.hparams_name
             checkpoint[datamodule.CHECKPOINT_HYPER_PARAMS_KEY] = plain_hparams(datamodule.hparams)
+    if trainer.channels_last:  # a file is the same with and without it
+        checkpoint.update({key: as_saved(checkpoint[key]) for key in LAID if key in checkpoint})
     trainer.hooks.on_save_checkpoint(checkpoint)
     return checkpoint
 

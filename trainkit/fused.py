@@ -1,0 +1,124 @@
+"""torch's fused optimizer kernels where nobody chose: one pass over weights, gradients and state instead of a dozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from trainkit.callback import Callback
+from trainkit.hooks import is_overridden, overrides
+
+if TYPE_CHECKING:
+    from trainkit.trainer import Trainer
+
+CLASSES = (SGD, Adam, AdamW)
+"""Optimizers with fused kernels on all of these devices. A subclass may do anything, and keeps its own step."""
+DEVICES = ("cpu", "cuda", "mps")
+BETWEEN = ("on_after_backward", "on_before_optimizer_step")
+"""Hooks between backward and update: here, and in a module's own parts of an update, gradients may be replaced."""
+OWN_PARTS = ("backward", "configure_gradient_clipping", "clip_gradients", "optimizer_step")
+
+
+def choose_fused(trainer: Trainer) -> list[Watch]:
+    """Let the run's optimizers use fused kernels in every group whose user left it open and whose tensors fit.
+
+    On the cpu a fused kernel goes through memory without a look at strides, so it is right only as long as a gradient
+    lies as its parameter does. autograd sees to that; where user code may replace gradients, each one is looked at.
+
+    Returns:
+        what looks at gradients, to be closed when the run ends.
+    """
+    watches = []
+    module = trainer.module
+    sparse = {id(p) for part in module.modules() if _is_sparse(part) for p in part.parameters(recurse=False)}
+    replaced = not module.automatic_optimization or any(is_overridden(module, name) for name in (*BETWEEN, *OWN_PARTS))
+    replaced = replaced or any(
+        overrides(callback, name, Callback) for callback in trainer.callbacks for name in BETWEEN
+    )
+    for optimizer in trainer.optimizers:
+        if type(optimizer) not in CLASSES:
+            continue
+        groups = [group for group in optimizer.param_groups if is_open(group) and fits(group["params"], sparse)]
+        for group in groups:
+            group["fused"] = True
+        if groups:
+            watches.append(Watch(optimizer, for_ever=replaced))
+    return watches
+
+
+def _is_sparse(part: nn.Module) -> bool:
+    return getattr(part, "sparse", False) is True  # nn.Embedding and nn.EmbeddingBag
+
+
+def is_open(group: dict[str, Any]) -> bool:
+    """Whether the user left it to torch how to update a group."""
+    open_ways = group.get("fused") is None and group.get("foreach") is None
+    special = group.get("capturable") or group.get("differentiable")
+    return open_ways and not special and not any(isinstance(n, Tensor) for n in (group["lr"], *group.get("betas", ())))
+
+
+def fits(parameters: Iterable[Tensor], sparse: set[int]) -> bool:
+    """Whether fused kernels can update some parameters."""
+    return all(
+        type(p) in (nn.Parameter, Tensor)
+        and p.is_floating_point()
+        and p.device.type in DEVICES
+        and (p.device.type != "cpu" or p.dtype.itemsize >= 4)  # torch 2.13's SGD is wrong there in 16 bits
+        and id(p) not in sparse
+        and lies_densely(p)
+        for p in parameters
+    )
+
+
+def lies_densely(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers lie in one block, in torch's order or in that of channels-last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if tensor.layout is not torch.strided:
+        return False
+    return tensor.is_contiguous() or (
+        tensor.ndim in formats and tensor.is_contiguous(memory_format=formats[tensor.ndim])
+    )
+
+
+class Watch:
+    """Look at gradients before an optimizer's first step, and leave those groups to torch whose gradients do not fit.
+
+    Args:
+        optimizer: which.
+        for_ever: look before every step.
+    """
+
+    def __init__(self, optimizer: Optimizer, for_ever: bool) -> None:
+        self.for_ever, self.done = for_ever, False
+        self.handle = optimizer.register_step_pre_hook(self.look)
+
+    def look(self, optimizer: Optimizer, *_: Any) -> None:
+        """Look at the gradients that are there."""
+        if self.done:
+            return
+        self.done = not self.for_ever
+        for group in optimizer.param_groups:
+            if group.get("fused") and not all(map(has_fitting_gradient, group["params"])):
+                group["fused"] = None
+        hooks = optimizer._optimizer_step_pre_hooks
+        if not self.for_ever and next(reversed(hooks)) == self.handle.id:  # torch is going through them: others follow
+            self.close()
+
+    def close(self) -> None:
+        """Look no more."""
+        self.handle.remove()
+
+
+def has_fitting_gradient(parameter: Tensor) -> bool:
+    """Whether a gradient lies in memory as its parameter does; or there is none."""
+    grad = parameter.grad
+    if grad is None:
+        return True
+    if grad.layout is not torch.strided or grad.dtype is not parameter.dtype:
+        return False
+    strides = zip(parameter.shape, parameter.stride(), grad.stride(), strict=True)
+    return all(size == 1 or own == other for size, own, other in strides)

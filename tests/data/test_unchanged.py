@@ -105,6 +105,16 @@ def test_looking_at_a_data_set_changes_nothing() -> None:
     assert snapshot.same()
 
 
+def test_a_tensor_that_moves_into_shared_memory_for_a_spawned_worker_is_the_same() -> None:
+    data = Rich()
+    snapshot = Snapshot(data)
+    data.tensor.share_memory_()
+    data.large.share_memory_()
+    assert snapshot.same()
+    data.large.add_(1)
+    assert not snapshot.same()
+
+
 def test_torchs_data_sets_are_seen_into() -> None:
     inner = Rich()
     for data in (Subset(inner, [1]), ConcatDataset([inner]), StackDataset(inner), StackDataset(a=inner)):  # type: ignore[arg-type]

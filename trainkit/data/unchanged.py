@@ -122,8 +122,13 @@ class Snapshot:
         self._checks.append(check)
 
     def _tensor(self, tensor: torch.Tensor) -> Iterable[Any]:
-        version, address, shape = tensor._version, tensor.data_ptr(), tensor.shape
-        self._check(lambda: (tensor._version, tensor.data_ptr(), tensor.shape) == (version, address, shape))
+        version, address, shape, shared = tensor._version, tensor.data_ptr(), tensor.shape, _is_shared(tensor)
+
+        def same() -> bool:
+            moves = not shared and _is_shared(tensor)  # into shared memory, when it is sent to a spawned worker
+            return (tensor._version, tensor.shape) == (version, shape) and (moves or tensor.data_ptr() == address)
+
+        self._check(same)
         if tensor.device.type == "cpu" and self._bytes + tensor.nbytes <= MOST_BYTES:
             self._bytes += tensor.nbytes  # a version does not count what is written through numpy, or `tensor.data`
             content = _content(tensor)
@@ -242,6 +247,10 @@ def _is_slot(member: Any) -> bool:
 
 def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
+
+
+def _is_shared(tensor: Any) -> bool:
+    return bool(tensor.is_shared())
 
 
 def _content(tensor: torch.Tensor) -> bytes:

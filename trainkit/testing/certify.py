@@ -368,11 +368,14 @@ def _first_difference(
 
 
 def _rows(directory: Path) -> list[dict[str, str]]:
+    """Return the logged rows without where their time went, which is another in every run."""
     try:
         with open(directory / RUN / "metrics.csv", newline="") as file:
-            return list(csv.DictReader(file))
+            found = list(csv.DictReader(file))
     except FileNotFoundError:
         return []
+    rows = [{name: value for name, value in row.items() if not name.startswith("time/")} for row in found]
+    return [row for row in rows if any(value for name, value in row.items() if name not in ("epoch", "step"))]
 
 
 def _row_difference(

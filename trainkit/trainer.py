@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +27,7 @@ from trainkit.datamodule import DataModule
 from trainkit.empty_init import EmptyInit
 from trainkit.errors import MisconfigurationException, NoCheckpointError, warn
 from trainkit.fused import Watch
-from trainkit.hooks import fitted, is_overridden, takes_iterator, with_iterator
+from trainkit.hooks import is_overridden
 from trainkit.loggers import Logger
 from trainkit.metrics import Metrics, numbers
 from trainkit.module import Module
@@ -41,6 +40,7 @@ from trainkit.signals import NOTED, STOPS, Interruption
 from trainkit.stages import RunningStage, TrainerFn, TrainerState
 from trainkit.state import Progress, Switches
 from trainkit.status import Status, results_table
+from trainkit.steps import wrapped_step
 from trainkit.strategies import Strategy
 from trainkit.timing import Timing
 from trainkit.tree import map_tensors
@@ -257,7 +257,8 @@ class Trainer(Status):
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         ckpt_path = slurm.noted_checkpoint(self) or self._named_checkpoint(ckpt_path)
         run = running(self, TrainerFn.FITTING, model, datamodule, ckpt_path, sources)
-        with self._anomalies(), slurm.queued_again(self), self.interruption.listening(at_once=STOPS), run:
+        anomalies = torch.autograd.set_detect_anomaly(self.detect_anomaly or torch.is_anomaly_enabled())
+        with anomalies, slurm.queued_again(self), self.interruption.listening(at_once=STOPS), run:
             self._sanity_check()
             self._load_data()
             ended = self.done and self.checkpoint is None  # one that was killed at its end has yet to be told of it
@@ -396,10 +397,6 @@ class Trainer(Status):
         return report(self)
 
     # ------------------------------------------------------------------ a run begins
-    def _anomalies(self) -> AbstractContextManager[Any]:
-        """Return what lets autograd look for a NaN; it is on from here on."""
-        return torch.autograd.set_detect_anomaly(True) if self.detect_anomaly else nullcontext()
-
     def _sanity_check(self) -> None:
         """Try a few validation batches, so that a mistake in validation shows before an epoch is spent."""
         steps = self.num_sanity_val_steps
@@ -515,25 +512,7 @@ class Trainer(Status):
     # ------------------------------------------------------------------ what the loops ask
     def wrapped_step(self, name: str, num_dataloaders: int = 1) -> Callable[..., Any]:
         """Return a step of the module as the loop calls it, in the run's precision and strategy."""
-        method = getattr(self.module, name) if self.compiler is None else self.compiler.compiled(self, name)
-        if takes_iterator(method):
-            return self._wrapped(name, partial(with_iterator, method))
-        given = ("batch", "batch_idx") if name == "training_step" else ("batch", "batch_idx", "dataloader_idx")
-        step = fitted(method, name, given, 1 if num_dataloaders == 1 else 3, num_dataloaders)
-        return self._wrapped(name, step)
-
-    def _wrapped(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
-        if name == "training_step" and self.update.guard is not None:
-            step = self.update.guard.watch_step(step)
-        actions = self.actions
-        if actions is not None:
-            step = actions.wrap(f"[LightningModule]{type(self.module).__name__}.{name}", step)
-        step = self.strategy.wrap(self.precision_plugin.wrap(step))
-        if name == "training_step" and self.graphs is not None:
-            step = self.graphs.training_step(step)
-        if actions is not None:
-            step = actions.wrap(f"[Strategy]{type(self.strategy).__name__}.{name}", step)
-        return step
+        return wrapped_step(self, name, num_dataloaders)
 
     def check_batch(self, batch: Any) -> None:
         """Refuse a first batch that is not where the module is."""

@@ -386,8 +386,7 @@ class Trainer(Status):
     def report_timing(self) -> Report:
         """Return where the time of the last fit went, or of the one that runs until now: `print` it for the table.
 
-        Its parts: waiting for data, transfer, forward and backward, optimizer, callbacks, logging, checkpoint,
-        validation, and the rest, in seconds; then each callback's share, and advice where something is wrong.
+        It has the seconds of each part and of each callback, and advice where something is wrong.
 
         Example:
             >>> trainer = Trainer()
@@ -554,9 +553,11 @@ class Trainer(Status):
 
     def to_host(self, output: Any) -> Any:
         """Return predictions on the cpu."""
-        if self.device.type == "cpu":
-            return output
-        return map_tensors(lambda value: value.cpu() if isinstance(value, Tensor) else value, output)
+        return (
+            output
+            if self.device.type == "cpu"
+            else map_tensors(lambda value: value.cpu() if isinstance(value, Tensor) else value, output)
+        )
 
     # ------------------------------------------------------------------ logging
     def log_metrics(self, values: dict[str, Any], step: int | None = None) -> None:

@@ -387,11 +387,6 @@ class Trainer(Status):
         """Return where the time of the last fit went, or of the one that runs until now: `print` it for the table.
 
         It has the seconds of each part and of each callback, and advice where something is wrong.
-
-        Example:
-            >>> trainer = Trainer()
-            >>> print(trainer.report_timing())
-            no timing yet: a fit of at least two steps has one
         """
         return report(self)
 

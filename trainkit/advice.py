@@ -171,7 +171,7 @@ def _idle_device(trainer: Trainer, made: Report) -> Iterator[Advice]:
 
 
 def _recompiles(trainer: Trainer) -> Iterator[Advice]:
-    count = int(getattr(trainer, "recompiles", 0))
+    count = trainer.recompiles
     if count >= RECOMPILES:
         yield Advice(
             0.1,

@@ -57,53 +57,42 @@ def running(
     sources: Mapping[str, Any],
 ) -> Iterator[None]:
     """Set a run up, and tear it down whatever happens in between."""
-    with components.torch_switches(trainer), _running(trainer, fn, model, datamodule, ckpt_path, sources):
-        yield
-
-
-@contextmanager
-def _running(
-    trainer: Trainer,
-    fn: TrainerFn,
-    model: Module | None,
-    datamodule: DataModule | None,
-    ckpt_path: str | PathLike[str] | None,
-    sources: Mapping[str, Any],
-) -> Iterator[None]:
-    attach(trainer, fn, model, datamodule, dict(sources))
-    if fn == TrainerFn.FITTING:
-        components.check_can_train(trainer)
-    data = [trainer.datamodule] if trainer.datamodule is not None else []
-    status = "failed"
-    try:
-        start(trainer, fn, data, ckpt_path)
-        yield
-        trainer.strategy.teardown(trainer.module)
+    with components.torch_switches(trainer):
+        attach(trainer, fn, model, datamodule, dict(sources))
         if fn == TrainerFn.FITTING:
-            trainer.hooks.on_fit_end()
-        status = "success"
-        trainer.state.status = TrainerStatus.FINISHED
-    except SearchOver:
-        trainer.strategy.teardown(trainer.module)
-        status = "success"
-        trainer.state.status = TrainerStatus.FINISHED
-        raise
-    except BaseException as error:
-        interrupted = trainer.interruption.signal is not None or isinstance(error, KeyboardInterrupt)
-        status = "interrupted" if interrupted else "failed"
-        trainer.state.status = TrainerStatus.INTERRUPTED
-        trainer.strategy.on_exception(error)
-        trainer.hooks.on_exception(error)
-        for part in data:
-            part.on_exception(error)
-        if interrupted and fn == TrainerFn.FITTING:
-            resume_hint.tell(trainer, error)
-        trainer.strategy.teardown(trainer.module)
-        if type(error) is KeyboardInterrupt and trainer.interruption.signal is None:
-            raise Interrupted(130) from error  # raised by the user's code: it ends a script as the first Ctrl-C does
-        raise
-    finally:
-        tear_down(trainer, fn, data, status)
+            components.check_can_train(trainer)
+        data = [trainer.datamodule] if trainer.datamodule is not None else []
+        status = "failed"
+        try:
+            start(trainer, fn, data, ckpt_path)
+            yield
+            trainer.strategy.teardown(trainer.module)
+            if fn == TrainerFn.FITTING:
+                trainer.hooks.on_fit_end()
+            status = "success"
+            trainer.state.status = TrainerStatus.FINISHED
+        except SearchOver:
+            trainer.strategy.teardown(trainer.module)
+            status = "success"
+            trainer.state.status = TrainerStatus.FINISHED
+            raise
+        except BaseException as error:
+            interrupted = trainer.interruption.signal is not None or isinstance(error, KeyboardInterrupt)
+            status = "interrupted" if interrupted else "failed"
+            trainer.state.status = TrainerStatus.INTERRUPTED
+            trainer.strategy.on_exception(error)
+            trainer.hooks.on_exception(error)
+            for part in data:
+                part.on_exception(error)
+            if interrupted and fn == TrainerFn.FITTING:
+                resume_hint.tell(trainer, error)
+            trainer.strategy.teardown(trainer.module)
+            if type(error) is KeyboardInterrupt and trainer.interruption.signal is None:
+                # raised by the user's code: it ends a script as the first Ctrl-C does
+                raise Interrupted(130) from error
+            raise
+        finally:
+            tear_down(trainer, fn, data, status)
 
 
 def attach(

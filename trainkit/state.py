@@ -106,9 +106,8 @@ class Updating:
                     isinstance(value, Tensor) and value.shape == parameter.shape and value.layout == parameter.layout
                 )
                 if alike and value.layout is torch.strided and value.stride() != parameter.stride():
-                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(
-                        value
-                    )  # fused kernels need it so
+                    # fused kernels go through weights and state in one order
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class ByKey:

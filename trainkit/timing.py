@@ -83,7 +83,7 @@ class Timing:
 
     def __init__(self) -> None:
         self.now: Callable[[], float] = perf_counter
-        """What the loop calls between two parts."""
+        """What the loop calls between two parts, and nobody else: on cuda each call marks a place in the step."""
         self.laps: list[Lap] = []
         self.lap: Callable[[Lap], None] = self.laps.append
         """What the loop calls at the end of a step."""
@@ -110,7 +110,7 @@ class Timing:
 
     def begin(self) -> None:
         """Begin, with the first epoch."""
-        self.began, self.swapped = self.now(), swapped_out()
+        self.began, self.swapped = perf_counter(), swapped_out()
         self._due = self.began + BETWEEN_ROWS
         self._hooks_before = self._by_part()
 
@@ -118,7 +118,7 @@ class Timing:
         """End, with the last one; an end that came before stays."""
         self.fold()
         if self.ended is None:
-            self.ended = self.now()
+            self.ended = perf_counter()
 
     # ---- adding up
     def fold(self) -> None:
@@ -169,7 +169,7 @@ class Timing:
         split.seconds["logging"], split.seconds["validation"] = self.logging, self.validation
         if self.began is not None:
             known = sum(value for name, value in split.seconds.items() if name != "other")
-            end = self.now() if self.ended is None else self.ended
+            end = perf_counter() if self.ended is None else self.ended
             split.seconds["other"] = max(end - self.began - (self.first or 0.0) - known, 0.0)
         return split
 

@@ -548,11 +548,9 @@ class Trainer(Status):
 
     def to_host(self, output: Any) -> Any:
         """Return predictions on the cpu."""
-        return (
-            output
-            if self.device.type == "cpu"
-            else map_tensors(lambda value: value.cpu() if isinstance(value, Tensor) else value, output)
-        )
+        if self.device.type == "cpu":
+            return output
+        return map_tensors(lambda value: value.cpu() if isinstance(value, Tensor) else value, output)
 
     # ------------------------------------------------------------------ logging
     def log_metrics(self, values: dict[str, Any], step: int | None = None) -> None:

@@ -44,7 +44,7 @@ class Update:
         self.adapt = changed(precision, "update")
         self.clip: Callable[[Optimizer], None] | None = None
         self.backward: Step = precision.backward
-        if type(precision).backward is Precision.backward and type(precision).scale is Precision.scale:
+        if changed(precision, "backward") is None and changed(precision, "scale") is None:
             self.backward = Tensor.backward
         self.own_backward = is_overridden(module, "backward")
         if is_overridden(module, "optimizer_zero_grad"):
@@ -107,7 +107,7 @@ def clear(epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
 
 
 def changed(precision: Precision, name: str) -> Callable[..., Any] | None:
-    """Return a precision's method, None where it is the one that does nothing."""
+    """Return a precision's method, None where it is plain float32's, which adds nothing to what torch does."""
     return None if getattr(type(precision), name) is getattr(Precision, name) else getattr(precision, name)
 
 

@@ -85,12 +85,13 @@ def _lock(path: str) -> int | str | None:
             return None
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
         except OSError as error:
             owner = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
             return owner if error.errno in (errno.EAGAIN, errno.EACCES) else None
+        with contextlib.suppress(OSError):  # which may come between any two questions about it
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
         os.close(descriptor)  # its owner removed it since it was opened: there is another one, or none
 
 

@@ -198,7 +198,7 @@ SETTINGS: dict[str, Check] = {
     "compile": compilation,
     "matmul_precision": lambda name, value: choice(name, value, ("highest", "high", "medium")),
     "channels_last": flag,
-    "fused_optimizers": flag,
+    "fused_optimizers": lambda name, value: flag(name, True if value is None else value),
     "barebones": flag,
     "sync_batchnorm": flag,
     "use_distributed_sampler": flag,

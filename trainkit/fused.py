@@ -42,7 +42,7 @@ def choose_fused(trainer: Trainer) -> list[Watch]:
     for optimizer in trainer.optimizers:
         if type(optimizer) not in CLASSES:
             continue
-        groups = [group for group in optimizer.param_groups if is_open(group) and fits(group["params"], sparse)]
+        groups = [g for g in optimizer.param_groups if is_open(g) and wins(g) and fits(g["params"], sparse)]
         for group in groups:
             group["fused"] = True
         if groups:
@@ -59,6 +59,11 @@ def is_open(group: dict[str, Any]) -> bool:
     open_ways = group.get("fused") is None and group.get("foreach") is None
     special = group.get("capturable") or group.get("differentiable")
     return open_ways and not special and not any(isinstance(n, Tensor) for n in (group["lr"], *group.get("betas", ())))
+
+
+def wins(group: dict[str, Any]) -> bool:
+    """Whether a fused kernel is the faster one: on the cpu not for SGD without momentum, which is one pass anyway."""
+    return group.get("momentum") != 0 or any(p.device.type != "cpu" for p in group["params"])
 
 
 def fits(parameters: Iterable[Tensor], sparse: set[int]) -> bool:

@@ -67,7 +67,7 @@ class Status:
     fast_dev_run: int | bool
     barebones: bool
     compile: bool | str | dict[str, Any]
-    fused_optimizers: bool | None
+    fused_optimizers: bool
     matmul_precision: str | None
     channels_last: bool
     compiler: Compiler | None

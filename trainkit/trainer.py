@@ -101,8 +101,8 @@ class Trainer(Status):
             fullgraph, options) does so, too. "auto" goes on without, after a warning, where they can't be compiled.
             "graph" replays the training step as CUDA graphs. See docs/speed.md.
         fused_optimizers: let torch's SGD, Adam and AdamW use their fused kernels where `configure_optimizers` chose
-            neither `fused` nor `foreach`, and the parameters allow it. None (default): on accelerators; True: on the
-            cpu, too, where the last bits are then not those of torch's plain update; False: nowhere.
+            neither `fused` nor `foreach`, and the parameters allow it. False leaves them torch's own update, whose
+            last bits may differ.
         matmul_precision: how exact products of float32 matrices are while the Trainer runs: "highest", "high" (TF32 on
             cuda) or "medium" (bfloat16 inside). None leaves torch's setting alone.
         channels_last: lay images (4 dimensions) and volumes (5) of batches and of the module in channels-last memory
@@ -167,7 +167,7 @@ class Trainer(Status):
         | Literal["auto", "graph", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
         | dict[str, Any]
         | None = None,
-        fused_optimizers: bool | None = None,
+        fused_optimizers: bool = True,
         matmul_precision: Literal["highest", "high", "medium"] | None = None,
         channels_last: bool = False,
         barebones: bool = False,

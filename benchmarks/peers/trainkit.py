@@ -40,8 +40,6 @@ OFF: dict[str, Any] = {
 def train(job: Job, ckpt_path: Any = None, **options: Any) -> None:
     module = LoggingModule(job) if job.log else Module(job)
     options = {"max_epochs": 1, "default_root_dir": job.folder, "accelerator": "cpu"} | options
-    if job.best:  # a choice that the loop by hand has made, too
-        options["fused_optimizers"] = True
     trainer = trainkit.Trainer(**options if job.defaults else OFF | options)
     job.clock.enter()
     trainer.fit(module, job.batches, ckpt_path=ckpt_path)

@@ -262,7 +262,7 @@ def test_a_part_that_is_unfrozen_is_captured_anew() -> None:
         def on_train_epoch_start(self) -> None:
             self.layers[0].requires_grad_(self.trainer.current_epoch > 0)
 
-    modules = [Thawing("sgd"), Thawing("sgd")]
+    modules = [Thawing("momentum"), Thawing("momentum")]
     trained(modules[0], False)
     _, record = trained(modules[1], True)
     compare(dict(modules[1].state_dict()), dict(modules[0].state_dict()))

@@ -26,6 +26,7 @@ BARE = {
     "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
+    "fused_optimizers": False,  # the last bits of a plain loop
 }
 
 
@@ -77,17 +78,25 @@ class InMemory:
 # ---------------------------------------------------------------- the same as by hand
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 @pytest.mark.parametrize(("clip", "algorithm"), [(None, None), (0.1, "norm"), (0.01, "value")])
-def test_fit_is_the_hand_written_loop_bit_for_bit(accumulate: int, clip: float | None, algorithm: str | None) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_fit_is_the_hand_written_loop_bit_for_bit(
+    accumulate: int, clip: float | None, algorithm: str | None, fused: bool
+) -> None:
     data = batches()
     module = Net()
     torch.manual_seed(5)
     trainer = bare_trainer(
-        max_epochs=2, accumulate_grad_batches=accumulate, gradient_clip_val=clip, gradient_clip_algorithm=algorithm
+        max_epochs=2,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        gradient_clip_algorithm=algorithm,
+        fused_optimizers=fused,
     )
     trainer.fit(module, InMemory(*data))
 
     by_hand = Net()
     optimizer = by_hand.configure_optimizers()
+    optimizer.param_groups[0]["fused"] = fused
     torch.manual_seed(5)
     steps = 0
     for _ in range(2):

@@ -92,7 +92,9 @@ def trainer_of(root: Path, **settings: Any) -> Trainer:
     return Trainer(
         **{
             "accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False,
-            "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": root, **settings,
+            "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": root,
+            "fused_optimizers": False,  # the last bits of a plain loop
+            **settings,
         }
     )  # fmt: skip
 

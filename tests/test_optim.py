@@ -68,6 +68,7 @@ def trainer_of(**settings: Any) -> Trainer:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "max_epochs": EPOCHS,
+        "fused_optimizers": False,  # the last bits of a plain loop
     }
     return Trainer(**{**bare, **settings})
 

@@ -92,30 +92,52 @@ def lies_densely(tensor: Tensor) -> bool:
 class Watch:
     """Look at gradients before an optimizer's first step, and leave those groups to torch whose gradients do not fit.
 
+    Before each step, those of SGD's parameters whose first gradient comes later than others' get a momentum of zero:
+    torch's kernel fails where some have one and others do not.
+
     Args:
         optimizer: which.
-        for_ever: look before every step.
+        for_ever: look at gradients before every step.
     """
 
     def __init__(self, optimizer: Optimizer, for_ever: bool) -> None:
         self.for_ever, self.done = for_ever, False
+        self.momentum = any(group.get("momentum") for group in optimizer.param_groups)
         self.handle = optimizer.register_step_pre_hook(self.look)
 
     def look(self, optimizer: Optimizer, *_: Any) -> None:
         """Look at the gradients that are there."""
-        if self.done:
-            return
-        self.done = not self.for_ever
-        for group in optimizer.param_groups:
-            if group.get("fused") and not all(map(has_fitting_gradient, group["params"])):
-                group["fused"] = None
-        hooks = optimizer._optimizer_step_pre_hooks
-        if not self.for_ever and next(reversed(hooks)) == self.handle.id:  # torch is going through them: others follow
-            self.close()
+        if not self.done:
+            self.done = not self.for_ever
+            for group in optimizer.param_groups:
+                if group.get("fused") and not all(map(has_fitting_gradient, group["params"])):
+                    group["fused"] = None
+        if self.momentum:
+            for group in optimizer.param_groups:
+                if group.get("fused"):
+                    begin_momentum(optimizer, group)
+        elif self.done:
+            hooks = optimizer._optimizer_step_pre_hooks
+            if next(reversed(hooks)) == self.handle.id:  # torch is going through them: others follow
+                self.close()
 
     def close(self) -> None:
         """Look no more."""
         self.handle.remove()
+
+
+def begin_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Give a group's newcomers a momentum that makes their first step what it is in torch's plain update."""
+    state = optimizer.state
+    learning = [p for p in group["params"] if p.grad is not None]
+    newcomers = [p for p in learning if state[p].get("momentum_buffer") is None]
+    if not newcomers or len(newcomers) == len(learning):
+        return
+    if group["dampening"]:  # which would count for their first gradient, too
+        group["fused"] = None
+        return
+    for parameter in newcomers:
+        state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def has_fitting_gradient(parameter: Tensor) -> bool:

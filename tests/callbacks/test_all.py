@@ -210,7 +210,12 @@ NAMES = sorted(CASES.keys() & set(C.__all__))
 
 
 def fit(
-    *callbacks: Callback, module: Module | None = None, seed: int = 1, ckpt_path: str | None = None, epochs: int = 3
+    *callbacks: Callback,
+    module: Module | None = None,
+    seed: int = 1,
+    ckpt_path: str | None = None,
+    epochs: int = 3,
+    **settings: Any,
 ) -> tuple[Module, Trainer]:
     """Train for three epochs, from the same weights and in the same order for the same seed."""
     seed_everything(seed, verbose=False)
@@ -224,6 +229,7 @@ def fit(
         enable_progress_bar=any(isinstance(callback, C.ProgressBar) for callback in callbacks),
         enable_model_summary=any(isinstance(callback, C.ModelSummary) for callback in callbacks),
         enable_checkpointing=any(callback.saves for callback in callbacks),
+        **settings,
     )
     trainer.fit(module, datamodule=Data(), ckpt_path=ckpt_path)
     return module, trainer
@@ -252,7 +258,8 @@ def test_training_does_not_feel_it_when_it_should_not(name: str) -> None:
     idle = CASES[name].idle
     if idle is None:
         pytest.skip("it always changes something")
-    (with_it, trainer), (without, plain) = fit(idle()), fit()
+    settings = {"fused_optimizers": False}  # a group that BackboneFinetuning adds has torch's own update
+    (with_it, trainer), (without, plain) = fit(idle(), **settings), fit(**settings)
     assert same(with_it.state_dict(), without.state_dict())
     optimizers = [run.optimizers[0].state_dict()["state"] for run in (trainer, plain)]
     assert len(optimizers[0]) == len(optimizers[1])

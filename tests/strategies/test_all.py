@@ -13,7 +13,13 @@ from torch import nn
 from trainkit import Module, Trainer
 from trainkit.strategies import SingleDeviceStrategy, Strategy
 
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+QUIET = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "fused_optimizers": False,  # the last bits of a plain loop
+}
 STRATEGIES = {
     "auto": "auto",
     "single_device": "single_device",

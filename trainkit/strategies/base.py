@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainkit.moving import move_data_to_device
+from trainkit.world import World
 
 
 class Strategy:
@@ -19,13 +20,39 @@ class Strategy:
         device: where the module and its batches live.
     """
 
-    world_size = 1
-    global_rank = 0
-    local_rank = 0
-    node_rank = 0
+    world = World()
+    """The processes of the run, and which of them this is."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
+
+    @property
+    def world_size(self) -> int:
+        """How many processes there are, on all nodes."""
+        return self.world.size
+
+    @property
+    def global_rank(self) -> int:
+        """Which of them this is."""
+        return self.world.rank
+
+    @property
+    def local_rank(self) -> int:
+        """Which of the processes on this node this is."""
+        return self.world.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """Which node this is."""
+        return self.world.node_rank
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        """Which part of the data this process has, and of how many: all that share one part compute one thing."""
+        return self.global_rank, self.world_size
+
+    def setup_environment(self) -> None:
+        """Join the other processes; called before anything of a run."""
 
     def setup(self, module: nn.Module) -> None:
         """Bring the module to its device."""
@@ -81,6 +108,14 @@ class Strategy:
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """Return the value that one process has."""
         return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every process's value, by rank."""
+        return [value]
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Put the sum, the minimum or the maximum of every process's tensor in its place."""
+        return tensor
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Return every process's tensors, stacked in a new first dimension; of one process, its own."""

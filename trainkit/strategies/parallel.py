@@ -1,0 +1,120 @@
+"""ParallelStrategy: several processes that hold one process group, and what they tell each other."""
+
+from __future__ import annotations
+
+import atexit
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainkit.rank_zero import rank_zero_only
+from trainkit.strategies.base import Strategy
+from trainkit.tree import map_tensors
+from trainkit.world import World
+
+OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+
+
+class ParallelStrategy(Strategy):
+    """What several processes have in common, however they share the work.
+
+    Args:
+        device: where this process's module and batches live.
+        world: the processes.
+        process_group_backend: torch's name of it; None takes nccl for cuda beside gloo for the host, gloo elsewhere.
+        timeout: how long a process waits for the others before that is an error.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        world: World | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__(device)
+        self.process_group_backend, self.timeout = process_group_backend, timeout
+        self.world = world or World()
+
+    @property
+    def backend(self) -> str:
+        """The process group's backend, with gloo beside nccl for what lives on the host."""
+        return self.process_group_backend or ("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+
+    def setup_environment(self) -> None:
+        """Join the process group, once a process: it is left when the process ends."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        if dist.is_initialized():
+            return
+        device = self.device if self.device.type == "cuda" else None
+        dist.init_process_group(
+            self.backend, rank=self.global_rank, world_size=self.world_size, timeout=self.timeout, device_id=device
+        )
+        atexit.register(leave_process_group)
+
+    # ---- between processes
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all processes."""
+        if self.device.type == "cuda":
+            dist.barrier(device_ids=[self.device.index])
+        else:
+            dist.barrier()
+
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        """Return the value that one process has."""
+        values = [value]
+        dist.broadcast_object_list(values, src)
+        return values[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every process's value, by rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Put the sum, the minimum or the maximum of every process's tensor in its place."""
+        dist.all_reduce(tensor, OPS[op])
+        return tensor
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Return every process's tensors, stacked in a new first dimension."""
+        return map_tensors(lambda tensor: _gathered(tensor, group, sync_grads), data)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: str | None = "mean") -> Any:
+        """Return the mean (or sum) of every process's tensor; anything else is returned as it is."""
+        if not isinstance(tensor, Tensor):
+            return tensor
+        op = str(reduce_op).lower()
+        if op in ("mean", "avg") and not tensor.is_floating_point():
+            tensor = tensor.float()
+        reduced = tensor.detach().clone()
+        dist.all_reduce(reduced, OPS["sum" if op in ("mean", "avg", "none") else op], group=group)
+        return reduced / dist.get_world_size(group) if op in ("mean", "avg", "none") else reduced
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Return whether all processes, or any of them, say so."""
+        said = torch.tensor(float(decision), device=self.device)
+        return bool(self.all_reduce(said, "min" if all else "max").item())
+
+
+def _gathered(tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
+    if sync_grads and torch.is_grad_enabled():
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.stack(list(all_gather(tensor, group or dist.group.WORLD)))
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return torch.stack(parts)
+
+
+def leave_process_group() -> None:
+    """Leave the group when the process ends; torch warns where nobody does."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -47,6 +47,7 @@ from trainkit.tree import map_tensors
 from trainkit.update import StepOptimizer
 
 if TYPE_CHECKING:
+    from trainkit.agreement import Agreement
     from trainkit.profiler import Profiler
     from trainkit.profiler.actions import Actions
 
@@ -196,6 +197,8 @@ class Trainer(Status):
         """The clocks of the run, and of the last fit."""
         self.state = TrainerState()
         self.interruption = Interruption()
+        self.agreement: Agreement | None = None
+        """What the processes of a fit agree on; None with one process."""
         self.command: str | None = None
         """The shell command that started this run, when the command line did."""
         self.resume_path: str | None = None
@@ -218,6 +221,8 @@ class Trainer(Status):
         """The contents of the checkpoint that this run begins from."""
         self.ckpt_strict = True
         """Whether a checkpoint must be of a run that saw the same samples in the same order."""
+        self.ranks: list[dict[str, Any]] = []
+        """What each process had for itself at the last save."""
         self.made_of: dict[str, Any] = {}
         """What the last fit began with, as its checkpoints say it."""
         self.weights_before: dict[str, Any] | None = None
@@ -431,7 +436,7 @@ class Trainer(Status):
 
     def leave_if_interrupted(self) -> None:
         """Raise KeyboardInterrupt or SystemExit when a signal asked this run to end. Called where it can be saved."""
-        if self.interruption.signal is not None:
+        if self.signal is not None:
             slurm.save_if_nobody_does(self)
             self.interruption.leave()
 
@@ -466,7 +471,7 @@ class Trainer(Status):
     def read_checkpoint(self, ckpt_path: str | os.PathLike[str] | None, stage: str) -> None:
         """Read the checkpoint that `ckpt_path` means, and let the loggers go on where it was written."""
         self.checkpoint, self.resume_path, self.resumed_by_name = None, None, False
-        path = restore.resolve(self, ckpt_path, stage)
+        path = self.strategy.on_rank_zero("looking for the checkpoint", lambda: restore.resolve(self, ckpt_path, stage))
         if path is None:
             return
         self.checkpoint, self.resume_path = self.checkpoint_io.load_checkpoint(path), str(path)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import atexit
+import pickle
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from trainkit.rank_zero import rank_zero_only
 from trainkit.strategies.base import Strategy
 from trainkit.tree import map_tensors
 from trainkit.world import World
 
+SHORTEST_WAIT, LONGEST_WAIT = 0.001, 0.1  # seconds between two looks for what rank 0 has done
 OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
@@ -28,6 +33,8 @@ class ParallelStrategy(Strategy):
         timeout: how long a process waits for the others before that is an error.
     """
 
+    parallel = True
+
     def __init__(
         self,
         device: torch.device | str = "cpu",
@@ -38,6 +45,7 @@ class ParallelStrategy(Strategy):
         super().__init__(device)
         self.process_group_backend, self.timeout = process_group_backend, timeout
         self.world = world or World()
+        self._calls = 0  # of on_rank_zero: all processes make the same ones
 
     @property
     def backend(self) -> str:
@@ -52,6 +60,10 @@ class ParallelStrategy(Strategy):
         if dist.is_initialized():
             return
         device = self.device if self.device.type == "cuda" else None
+        if not self.world.launcher:  # one process, which nobody launched
+            dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+            atexit.register(leave_process_group)
+            return
         dist.init_process_group(
             self.backend, rank=self.global_rank, world_size=self.world_size, timeout=self.timeout, device_id=device
         )
@@ -64,6 +76,37 @@ class ParallelStrategy(Strategy):
             dist.barrier(device_ids=[self.device.index])
         else:
             dist.barrier()
+
+    def on_rank_zero(self, what: str, function: Callable[[], Any]) -> Any:
+        """Run a function on rank 0 while the others wait, however long it takes, and return what it returned on all.
+
+        They do not wait inside of a collective: that would be over after the group's timeout.
+
+        Args:
+            what: what it does, for the error of the others.
+            function: what rank 0 runs; what it returns is pickled.
+
+        Raises:
+            RuntimeError: it failed on rank 0, which raises the error itself.
+        """
+        self._calls += 1
+        key, store = f"trainkit/{self._calls}", _get_default_store()
+        if self.global_rank == 0:
+            try:
+                value = function()
+            except BaseException as error:
+                store.set(key, pickle.dumps((f"{type(error).__name__}: {error}", None)))
+                raise
+            store.set(key, pickle.dumps((None, value)))
+            return value
+        wait = SHORTEST_WAIT
+        while not store.check([key]):
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+        problem, value = pickle.loads(store.get(key))
+        if problem is not None:
+            raise RuntimeError(f"{what} failed on rank 0: {problem}")
+        return value
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """Return the value that one process has."""

@@ -61,6 +61,8 @@ class Parts:
         counted = given["devices"] != "auto" or given["gpus"] is not None
         self.world = world_of(len(devices) if counted else None, trainer.num_nodes, len(devices))
         self.strategy = strategy_of(given["strategy"], devices, self.world)
+        if isinstance(self.strategy, ParallelStrategy):
+            self.strategy.sync_batchnorm = trainer.sync_batchnorm
         if given["model_registry"] is not None:
             raise MisconfigurationException("model_registry: there is none here; save checkpoints with a callback.")
         plugins = plugins_of(given["plugins"])

@@ -84,7 +84,7 @@ def fit(trainer: Trainer) -> None:
 
             # Forward, loss, backward. Processes average their gradients where a window ends.
             if agreement is not None:
-                strategy.sync(window_ends)
+                strategy.sync(window_ends and automatic)
             output = training_step(batch, batch_idx) if batch is not None else None  # None: nothing is left of it
             loss = loss_of(output, needs_grad) if automatic else None
             if loss is not None:  # None: the module skips this batch, or optimizes by itself
@@ -127,12 +127,14 @@ def fit(trainer: Trainer) -> None:
             progress.step += stepped  # a held float16 update counts, too, as in Lightning
             if is_last and automatic:
                 schedules.move(schedules.by_epoch, progress.epoch + 1)
-            if agreement is not None and window_ends:
+            if agreement is not None and window_ends and automatic:
                 agreement.step()  # from here on all processes know what each of them wants
             if hooks.on_train_batch_end is not nobody:
                 hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
             if window_ends and (progress.window % log_every == 0 or trainer.stop_wanted):
                 trainer.log_point()
+                if agreement is not None and not automatic:
+                    agreement.now()
             lap((left, arrived, ready, computed, updated, now()))
             if validates and trainer.validation_due(is_last) and not validate(trainer, is_last, window_ends):
                 is_last = False  # a signal cut it short: the epoch is left open

@@ -464,12 +464,13 @@ class Status:
     @property
     def num_devices(self) -> int:
         """How many devices the run uses on this machine."""
-        return 1
+        return self.strategy.world.local_size
 
     @property
     def device_ids(self) -> list[int]:
         """Which devices the run uses on this machine."""
-        return [self.device.index or 0]
+        devices = self.num_devices
+        return list(range(devices)) if devices > 1 else [self.device.index or 0]
 
     @property
     def world_size(self) -> int:

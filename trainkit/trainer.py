@@ -33,7 +33,7 @@ from trainkit.metrics import Metrics, numbers
 from trainkit.module import Module
 from trainkit.optim import LRSchedulerConfig
 from trainkit.precision import Precision
-from trainkit.random import isolated_random
+from trainkit.random import isolated_random, seed_for_rank
 from trainkit.replay import replayed
 from trainkit.run import running
 from trainkit.signals import NOTED, STOPS, Interruption
@@ -422,6 +422,8 @@ class Trainer(Status):
         if self.checkpoint is not None:
             restore.restore_run(self, self.checkpoint, Path(self.resume_path or ""))
             self.strategy.optimizers_to_device(self.optimizers)
+        elif self.global_rank > 0:
+            seed_for_rank(self.global_rank)
         self.sources.prepare()
 
     @contextmanager
@@ -536,6 +538,8 @@ class Trainer(Status):
         use_inference_mode = self.inference_mode and self.state.fn != TrainerFn.FITTING
         if before == RunningStage.TRAINING:
             self.state.stage = RunningStage.VALIDATING
+        if self.world_size > 1:  # each process has seen other batches
+            self.strategy.same_everywhere(module.buffers())
         self.metrics.hook = f"on_{stage}_model_eval"
         getattr(module, f"on_{stage}_model_eval")()
         try:
@@ -593,7 +597,9 @@ class Trainer(Status):
             self.log_metrics(self.metrics.row() | self.timing.row())
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print, above the progress bar if there is one."""
+        """Print, above the progress bar if there is one; on rank 0 only."""
+        if not self.is_global_zero:
+            return
         bar = self.progress_bar_callback
         if bar is not None and not kwargs:
             bar.print(*args)

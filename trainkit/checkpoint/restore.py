@@ -25,6 +25,7 @@ from trainkit.errors import (
 )
 from trainkit.hparams import namespaces_of, plain_hparams, tell_of_secrets
 from trainkit.loggers.base import run_directory, runs_directory
+from trainkit.random import seed_for_rank
 from trainkit.stages import RunningStage, TrainerFn
 from trainkit.state import ByKey, resume_state
 
@@ -187,6 +188,8 @@ def _restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> No
             raise CheckpointError(f"{path} does not fit this run: {error}") from None
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path} does not fit this run: its {key}: {error}.") from error
+    if "random" not in parts:  # there was no such process
+        seed_for_rank(trainer.global_rank)
     for optimizer in trainer.optimizers:
         if optimizer.state:  # or schedules would warn that they moved before it, which happened in another process
             optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -82,6 +82,9 @@ class Strategy:
     def sync(self, wanted: bool) -> None:
         """Say before a step's forward whether its gradients are averaged; with several processes."""
 
+    def prepare_backward(self, loss: Tensor) -> None:
+        """Prepare for a backward inside of the step (manual optimization); with several processes."""
+
     def to_device(self, batch: Any) -> Any:
         """Return the batch on the device; copies from pinned memory overlap with what the device does."""
         return move_data_to_device(batch, self.device)
@@ -115,6 +118,9 @@ class Strategy:
                 for name, value in state.items():
                     if isinstance(value, Tensor) and name != "step" and value.device != parameter.device:
                         state[name] = value.to(parameter.device)
+
+    def same_everywhere(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the values that rank 0 has."""
 
     def on_exception(self, exception: BaseException) -> None:
         """Give up what would keep other processes waiting, when a run fails."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _find_tensors
 
 from trainkit.strategies.parallel import ParallelStrategy
 from trainkit.world import World
@@ -69,7 +70,9 @@ class DDPStrategy(ParallelStrategy):
         self._trained: list[int] = []
 
     # ---- the step
-    def wrap_training(self, module: nn.Module, step: Callable[..., Any], wishes: Wishes | None) -> Callable[..., Any]:
+    def wrap_training(
+        self, module: nn.Module, step: Callable[..., Any], wishes: Wishes | None = None
+    ) -> Callable[..., Any]:
         """Return the training step as the loop calls it: through DDP, which averages its gradients in backward."""
         self._steps = Steps(module, step, wishes)
         self._wrap()
@@ -100,6 +103,12 @@ class DDPStrategy(ParallelStrategy):
         """Say before a step's forward whether its gradients are averaged: not inside an accumulation window."""
         if self.model is not None:
             self.model.require_backward_grad_sync = wanted
+
+    def prepare_backward(self, loss: Tensor) -> None:
+        """Have the gradients of a backward averaged that the step itself runs, inside of its forward."""
+        if self.model is not None:
+            wants = self.settings["find_unused_parameters"] and not self.settings["static_graph"]
+            self.model.reducer.prepare_for_backward(list(_find_tensors(loss)) if wants else [])  # type: ignore[no-untyped-call]
 
     def sync_by_hand(self) -> None:
         """Average the gradients after a step in which some process had no sample, and so no forward and backward."""
@@ -143,12 +152,12 @@ class Carry(torch.autograd.Function):
     """Give the loss on as it is; the carrier's gradient is what this process wishes."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, carrier: Tensor, own: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, loss: Tensor, carrier: Tensor, own: Tensor) -> Tensor:
         ctx.own = own
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, ctx.own.clone(), None
 
 
@@ -167,7 +176,7 @@ class Steps(nn.Module):
         if self.wishes is None:
             return output
         if isinstance(output, Tensor):
-            return Carry.apply(output, self.carrier, self.wishes.own)  # type: ignore[no-untyped-call]
+            return Carry.apply(output, self.carrier, self.wishes.own)
         if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
-            return {**output, "loss": Carry.apply(output["loss"], self.carrier, self.wishes.own)}  # type: ignore[no-untyped-call]
+            return {**output, "loss": Carry.apply(output["loss"], self.carrier, self.wishes.own)}
         return output

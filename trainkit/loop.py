@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainkit.data.sources import check_dataloader_idx
 from trainkit.errors import MisconfigurationException, warn
+from trainkit.evaluation_mode import evaluation_mode
 from trainkit.hooks import nobody
 from trainkit.metrics import TRAIN_BATCH
 from trainkit.timing import FOLD
@@ -220,7 +221,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches], undo: Undo | 
     step, interruption = trainer.wrapped_step(step_name, len(loaders)), trainer.interruption
     table = metrics.begin(stage, len(loaders))
 
-    with trainer.evaluation_mode(stage):
+    with evaluation_mode(trainer, stage):
         hooks.start()
         hooks.epoch_start()
         for dataloader_idx, loader in enumerate(loaders):
@@ -260,7 +261,7 @@ def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] |
     step = trainer.wrapped_step("predict_step", len(loaders))
     predictions: list[list[Any]] = [[] for _ in loaders]
 
-    with trainer.evaluation_mode("predict"):
+    with evaluation_mode(trainer, "predict"):
         hooks.start()
         hooks.epoch_start()
         metrics.hook = "predict_step"

@@ -530,31 +530,6 @@ class Trainer(Status):
         stepped, self.stepped_manually = self.stepped_manually, False
         return stepped
 
-    @contextmanager
-    def evaluation_mode(self, stage: str) -> Iterator[None]:
-        """Run without gradients and with the module in evaluation mode, and give each part its own mode back."""
-        module, before = self.module, self.state.stage
-        modes = [(part, part.training) for part in module.modules()]
-        use_inference_mode = self.inference_mode and self.state.fn != TrainerFn.FITTING
-        if before == RunningStage.TRAINING:
-            self.state.stage = RunningStage.VALIDATING
-        if self.world_size > 1:  # each process has seen other batches
-            self.strategy.same_everywhere(module.buffers())
-        self.metrics.hook = f"on_{stage}_model_eval"
-        getattr(module, f"on_{stage}_model_eval")()
-        try:
-            with torch.inference_mode() if use_inference_mode else torch.no_grad():
-                yield
-        finally:
-            self.state.stage = before
-            self._since_validation.restart()
-            if is_overridden(module, f"on_{stage}_model_train"):
-                self.metrics.hook = f"on_{stage}_model_train"
-                getattr(module, f"on_{stage}_model_train")()
-            else:
-                for part, training in modes:
-                    part.training = training
-
     def to_host(self, output: Any) -> Any:
         """Return predictions on the cpu."""
         if self.device.type == "cpu":

@@ -24,16 +24,19 @@ class Metric:
     """
 
     __slots__ = (
-        "given", "hook", "last", "loader", "logged", "logger", "name", "on_epoch", "on_step", "options", "prog_bar",
-        "reduce", "suffix", "total", "weight", "weighted",
+        "alone", "given", "hook", "last", "loader", "logged", "logger", "name", "on_epoch", "on_step", "options",
+        "prog_bar", "reduce", "suffix", "total", "weight", "weighted",
     )  # fmt: skip
-    SAVED = ("name", "hook", "suffix", "loader", "prog_bar", "logger", "on_step", "on_epoch", "reduce", "weighted")
+    SAVED: tuple[str, ...] = (
+        "name", "hook", "suffix", "loader", "prog_bar", "logger", "on_step", "on_epoch", "reduce", "weighted", "alone",
+    )  # fmt: skip
     RUNNING: tuple[str, ...] = ("last", "total", "weight", "logged")
     takes_objects = False
 
     def __init__(self, name: str, hook: str, suffix: str, loader: int | None) -> None:
         self.name, self.hook, self.suffix = name, hook, suffix
         self.loader = loader  # None: it belongs to no loader in particular
+        self.alone = False  # of several processes, only the first logs it
         self.options: Options | None = None
         self.given: tuple[Any, ...] | None = None  # the options as the user gave them, to compare later calls with
         self.reset()
@@ -43,7 +46,7 @@ class Metric:
         self.options = options
         self.prog_bar, self.logger = options.prog_bar, options.logger
         self.on_step, self.on_epoch, self.reduce = options.on_step, options.on_epoch, options.reduce
-        self.weighted = self.on_epoch and self.reduce == "mean"
+        self.weighted, self.alone = self.on_epoch and self.reduce == "mean", options.rank_zero_only
 
     def reset(self) -> None:
         """Forget the values, keep the options."""

@@ -259,6 +259,17 @@ class Metrics:
             ]
             self.agreement.on_step(shown, self.x, now)
 
+    def catch_up(self) -> None:
+        """Let what was logged until now be what all processes came to, before something is decided by it.
+
+        To be called by all processes. The values of an evaluation are agreed on when it is over.
+        """
+        if self.table is self.train:
+            if self.train.steps:
+                self.agree_on_steps(now=True)
+            else:
+                self.agree("the end of the epoch")
+
     def _of_others(self, entry: Entry) -> Any:
         """Return a name that other processes have logged, and this one was given no batch to log it for."""
         metric: Any = self.table.metrics.get((entry.hook, entry.name, entry.loader if entry.suffix else None))

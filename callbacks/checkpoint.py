@@ -37,6 +37,13 @@ class Checkpoint(Callback):
     saves = True
 
 
+FOLLOWED = (
+    "current_score", "best_model_score", "best_model_path", "best_k_models", "kth_best_model_path", "kth_value",
+    "last_model_path", "failed_saves", "_files", "_written", "_missed", "_waiting",
+)  # fmt: skip
+"""What the processes that do not write learn from the one that does."""
+
+
 class ModelCheckpoint(Checkpoint):
     """Save checkpoints while training, and keep the best and the last of them.
 
@@ -257,6 +264,14 @@ class ModelCheckpoint(Checkpoint):
             state["last_model_path"] = outcome.last or self.last_model_path
         return {**state, **self._files.after(outcome).state()}
 
+    def _seen(self) -> dict[str, Any]:
+        """Return how this process, which writes, sees the files."""
+        return {name: getattr(self, name) for name in FOLLOWED}
+
+    def _follow(self, seen: dict[str, Any]) -> None:
+        """Take over how rank 0 sees them."""
+        vars(self).update(seen)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what is known about the files that are still there, if they are in this callback's directory.
 
@@ -300,6 +315,11 @@ class ModelCheckpoint(Checkpoint):
         self._end_run()
         if self._watch is not None:
             self._watch.begin()
+        if self.train_time_interval is not None and trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"ModelCheckpoint(train_time_interval={self.train_time_interval}): {trainer.world_size} processes have "
+                "as many clocks. Use every_n_train_steps."
+            )
         self._resumed_from = trainer.resume_path
         self._named = trainer.resume_path if trainer.resumed_by_name else None
         if stage != "fit" or trainer.fast_dev_run:
@@ -391,6 +411,8 @@ class ModelCheckpoint(Checkpoint):
             return
         if self._in_flight:
             trainer.background.settle()
+        if trainer.world_size > 1:  # what was written in the background, only rank 0 knows
+            self._follow(trainer.strategy.broadcast(self._seen()))
         if self.save_last and self._written is None and not self.failed_saves:
             self._decision = Decision(trainer, _epoch_of(trainer), numbers(trainer.callback_metrics), last=True)
         if self._decision is not None:
@@ -413,6 +435,9 @@ class ModelCheckpoint(Checkpoint):
             except Exception as error:
                 exception.add_note(f"ModelCheckpoint: {error}")
         wanted = self.save_on_exception and self._running and not trainer.sanity_checking
+        if wanted and trainer.world_size > 1:  # the others may have failed otherwise, or not at all
+            exception.add_note("save_on_exception saves nothing where several processes train.")
+            return
         if not wanted or not isinstance(exception, Exception) or isinstance(exception, CheckpointError):
             return
         here = (trainer.progress.epoch, trainer.progress.batch, trainer.progress.step)

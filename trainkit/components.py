@@ -15,19 +15,34 @@ from trainkit import arguments
 from trainkit.accelerators import Accelerator, of_device
 from trainkit.callback import Callback
 from trainkit.checkpoint.io import CheckpointIO
-from trainkit.devices import resolve as resolve_device
+from trainkit.devices import resolve as resolve_devices
+from trainkit.environment import world_of
 from trainkit.errors import DuplicateStateError, MisconfigurationException, warn
 from trainkit.hooks import is_overridden, overrides
-from trainkit.loggers import DummyLogger, Logger, TensorBoardLogger
+from trainkit.loggers import DummyLogger, FileLogger, Logger, TensorBoardLogger
 from trainkit.module import Module
 from trainkit.precision import Precision, precision_of
 from trainkit.profiler import PROFILERS, PassThroughProfiler, Profiler
-from trainkit.strategies import SingleDeviceStrategy, Strategy
+from trainkit.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
+from trainkit.world import World
 
 if TYPE_CHECKING:
     from trainkit.compiling import Compiler
     from trainkit.cuda_graphs import Graphs
     from trainkit.trainer import Trainer
+
+
+STARTS = ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
+"""Names of DDP, by how its processes start: as the script again, or as this process's children."""
+DDP_NAMES: dict[str, dict[str, Any]] = {
+    f"{name}{unused}": {"start_method": name.removeprefix("ddp").strip("_") or None, **settings}
+    for name in STARTS
+    for unused, settings in (
+        ("", {}),
+        ("_find_unused_parameters_false", {"find_unused_parameters": False}),
+        ("_find_unused_parameters_true", {"find_unused_parameters": True}),
+    )
+}
 
 
 class Parts:
@@ -42,10 +57,12 @@ class Parts:
     """
 
     def __init__(self, trainer: Trainer, given: Mapping[str, Any]) -> None:
-        self.accelerator, device = accelerator_of(given["accelerator"], given["devices"], given["gpus"])
-        self.strategy = strategy_of(given["strategy"], device)
-        if trainer.num_nodes > 1:
-            raise MisconfigurationException(f"num_nodes={trainer.num_nodes}: a run uses one machine. Give num_nodes=1.")
+        self.accelerator, devices = accelerator_of(given["accelerator"], given["devices"], given["gpus"])
+        counted = given["devices"] != "auto" or given["gpus"] is not None
+        self.world = world_of(len(devices) if counted else None, trainer.num_nodes, len(devices))
+        self.strategy = strategy_of(given["strategy"], devices, self.world)
+        if isinstance(self.strategy, ParallelStrategy):
+            self.strategy.sync_batchnorm = trainer.sync_batchnorm
         if given["model_registry"] is not None:
             raise MisconfigurationException("model_registry: there is none here; save checkpoints with a callback.")
         plugins = plugins_of(given["plugins"])
@@ -70,15 +87,12 @@ class Parts:
         )
 
 
-def accelerator_of(given: Any, devices: Any, gpus: int | None) -> tuple[Accelerator, torch.device]:
-    """Return the accelerator and the device that a run uses."""
+def accelerator_of(given: Any, devices: Any, gpus: int | None) -> tuple[Accelerator, list[torch.device]]:
+    """Return the accelerator and the devices that a run uses on this machine."""
     if not isinstance(given, Accelerator):
-        device = resolve_device(given, devices, gpus)
-        return of_device(device), device
-    found = given.get_parallel_devices(given.parse_devices(devices))
-    if len(found) != 1:
-        raise MisconfigurationException(f"devices={devices!r} asks for {len(found)} devices; a run uses one.")
-    return given, found[0]
+        found = resolve_devices(given, devices, gpus)
+        return of_device(found[0]), found
+    return given, given.get_parallel_devices(given.parse_devices(devices))
 
 
 def plugins_of(given: Any) -> dict[str, Any]:
@@ -100,15 +114,31 @@ def plugins_of(given: Any) -> dict[str, Any]:
     return plugins
 
 
-def strategy_of(given: str | Strategy, device: torch.device) -> Strategy:
-    """Return the strategy with that name, or the object itself."""
+def strategy_of(given: str | Strategy, devices: list[torch.device], world: World) -> Strategy:
+    """Return the strategy with that name, or the object itself, for this process's device.
+
+    Raises:
+        MisconfigurationException: there is no such strategy, or it is for one process and there are several.
+    """
+    device = devices[world.local_rank % len(devices)]
+    if isinstance(given, ParallelStrategy):
+        given.device, given.world = device, world
+        return given
     if isinstance(given, Strategy):
         return given
-    if given in ("auto", "single_device"):
+    if given in ("auto", "single_device") and world.size == 1 and not world.launcher:
         return SingleDeviceStrategy(device)
-    raise MisconfigurationException(
-        f"strategy must be 'auto', 'single_device' or a Strategy object. Received: {given!r}."
-    )
+    if given == "single_device":
+        raise MisconfigurationException(
+            f"strategy='single_device' is for one process, and there are {world.size}. Use strategy='ddp' or 'auto'."
+        )
+    settings = DDP_NAMES.get("ddp" if given == "auto" else given) if isinstance(given, str) else None
+    if settings is None:
+        raise MisconfigurationException(
+            f"strategy must be one of 'auto', 'single_device', {', '.join(map(repr, STARTS))}, or a Strategy object. "
+            f"Received: {given!r}."
+        )
+    return DDPStrategy(device=device, world=world, **settings)
 
 
 def compiler_of(given: bool | str | dict[str, Any], device: torch.device) -> Compiler | None:
@@ -206,13 +236,23 @@ def slurm_job() -> int | None:
     return int(job) if job.isdigit() and not interactive else None
 
 
-def claim_directories(loggers: list[Logger]) -> None:
-    """Make the run directories, or fail with the reason; loggers of one root share the first one's directory."""
+def claim_directories(loggers: list[Logger], strategy: Strategy) -> None:
+    """Make the run directories, or fail with the reason; loggers of one root share the first one's directory.
+
+    All processes have those of rank 0, which alone makes them.
+    """
     for index, logger in enumerate(loggers):
         sharing = [other for other in loggers[:index] if other.root_dir == logger.root_dir is not None]
         if sharing and logger.log_dir != sharing[0].log_dir:
             logger.continue_run(Path(str(sharing[0].log_dir)), 0)
-        logger.check_writable()
+
+        def claim(logger: Logger = logger) -> Any:
+            logger.check_writable()
+            return logger.version
+
+        version = strategy.on_rank_zero("making the run directory", claim)
+        if isinstance(logger, FileLogger) and strategy.global_rank > 0:
+            logger.settle_version(version)
 
 
 def callbacks_of(

@@ -1,4 +1,4 @@
-"""Which device a run uses: `accelerator`, `devices` and `gpus` name one, or the error says what is here."""
+"""Which devices a run uses: `accelerator`, `devices` and `gpus` name them, or the error says what is here."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def available() -> str:
 
 def resolve(
     accelerator: str = "auto", devices: int | str | list[int] = "auto", gpus: int | None = None
-) -> torch.device:
-    """Return the device that the three arguments mean together.
+) -> list[torch.device]:
+    """Return the devices that the three arguments mean together: one for each process on this machine.
 
     Args:
         accelerator: "auto" (cuda, else mps, else cpu), "cpu", "gpu" (cuda or mps), "cuda" or "mps".
-        devices: how many ("auto", 1, "1"), all of them (-1), or which (a list of cuda indices, "0,").
+        devices: how many ("auto": all, of the cpu one; 1, "1"), all of them (-1), or which (a list of cuda indices,
+            "0,"). On the cpu it is a number of processes.
         gpus: short for accelerator="gpu", devices=gpus.
 
     Raises:
-        MisconfigurationException: an unknown word, a device that is not there, or more than one device.
+        MisconfigurationException: an unknown word, or a device that is not there.
     """
     if gpus is not None:
         if isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1:
@@ -47,12 +48,7 @@ def resolve(
             f"accelerator must be one of {', '.join(map(repr, ACCELERATORS))}. Received: {accelerator!r}."
         )
     kind = _kind(accelerator)
-    indices = _indices(kind, devices)
-    if len(indices) > 1:
-        raise MisconfigurationException(
-            f"devices={devices!r} asks for {len(indices)} devices; a run uses one. Give devices=1."
-        )
-    return torch.device(kind, indices[0]) if kind == "cuda" else torch.device(kind)
+    return [torch.device(kind, index) if kind == "cuda" else torch.device(kind) for index in _indices(kind, devices)]
 
 
 def _kind(accelerator: str) -> str:
@@ -73,7 +69,7 @@ def _indices(kind: str, devices: int | str | list[int]) -> list[int]:
     """Return which devices of that kind are meant."""
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if devices == "auto":
-        return [0]
+        return list(range(max(count, 1)))
     if isinstance(devices, str):
         try:
             parts = [int(part) for part in devices.split(",") if part.strip()]
@@ -111,7 +107,6 @@ def _counted(kind: str, number: int, given: object, count: int) -> list[int]:
     """Return the first so many indices if there are so many devices."""
     if number < 1 and number != -1:
         raise MisconfigurationException(f"devices must be at least 1, or -1 for all. Received: {given!r}.")
-    if number > count:
-        there = "the cpu counts as one device" if kind == "cpu" else f"this machine has {available()}"
-        raise MisconfigurationException(f"devices={given!r} is more than there are: {there}.")
+    if number > count and kind != "cpu":
+        raise MisconfigurationException(f"devices={given!r} is more than there are: this machine has {available()}.")
     return list(range(count if number == -1 else number))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainkit.data.sources import check_dataloader_idx
 from trainkit.errors import MisconfigurationException, warn
+from trainkit.evaluation_mode import evaluation_mode
 from trainkit.hooks import nobody
 from trainkit.metrics import TRAIN_BATCH
 from trainkit.timing import FOLD
@@ -28,6 +29,7 @@ def fit(trainer: Trainer) -> None:
     """
     module, progress, sources, metrics = trainer.module, trainer.progress, trainer.sources, trainer.metrics
     hooks, optimizers, schedules, timing = trainer.hooks, trainer.optimizers, trainer.schedules, trainer.timing
+    agreement, strategy = trainer.agreement, trainer.strategy  # None, and one device: a run in one process
     training_step = trainer.wrapped_step("training_step")  # in float32 on one device: the method itself
     transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
     backward, zero_grad, clip = update.backward, update.zero_grad, update.clip  # None: nothing that is not here
@@ -45,6 +47,8 @@ def fit(trainer: Trainer) -> None:
         if start == 0:  # else: resumed inside this epoch
             sources.reload_if_due()
             hooks.on_train_epoch_start()
+        if agreement is not None:
+            strategy.epoch_starts()  # other parameters may learn than before
         metrics.start_batches(TRAIN_BATCH)
         batches = sources.epoch(sources.train, progress.epoch, start)
         if progress.validating:  # first the validation that a signal cut short
@@ -79,7 +83,9 @@ def fit(trainer: Trainer) -> None:
                     hooks.on_before_zero_grad(optimizer)
                     zero_grad(progress.epoch, batch_idx, optimizer)
 
-            # Forward, loss, backward.
+            # Forward, loss, backward. Processes average their gradients where a window ends.
+            if agreement is not None:
+                strategy.sync(window_ends and automatic)
             output = training_step(batch, batch_idx) if batch is not None else None  # None: nothing is left of it
             loss = loss_of(output, needs_grad) if automatic else None
             if loss is not None:  # None: the module skips this batch, or optimizes by itself
@@ -122,10 +128,14 @@ def fit(trainer: Trainer) -> None:
             progress.step += stepped  # a held float16 update counts, too, as in Lightning
             if is_last and automatic:
                 schedules.move(schedules.by_epoch, progress.epoch + 1)
+            if agreement is not None and window_ends and automatic:
+                agreement.step()  # from here on all processes know what each of them wants
             if hooks.on_train_batch_end is not nobody:
                 hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
-            if window_ends and (progress.window % log_every == 0 or trainer.should_stop):
+            if window_ends and (progress.window % log_every == 0 or trainer.stop_wanted):
                 trainer.log_point()
+                if agreement is not None and not automatic:
+                    agreement.now()
             lap((left, arrived, ready, computed, updated, now()))
             if validates and trainer.validation_due(is_last) and not validate(trainer, is_last, window_ends):
                 is_last = False  # a signal cut it short: the epoch is left open
@@ -152,6 +162,8 @@ def fit(trainer: Trainer) -> None:
             metrics.x = progress.window
         if is_last:
             progress.epoch, progress.batch = progress.epoch + 1, 0
+        if agreement is not None:
+            agreement.now()
         hooks.on_save_point()
         trainer.leave_if_interrupted()
     if trainer.interrupted:  # since the last save point
@@ -163,22 +175,24 @@ def fit(trainer: Trainer) -> None:
 
 def validate(trainer: Trainer, is_last: bool, window_ends: bool) -> bool:
     """Validate after a training batch; False when a signal cut that short and the resumed run begins with it."""
-    metrics, progress, interruption = trainer.metrics, trainer.progress, trainer.interruption
+    metrics, progress, alone = trainer.metrics, trainer.progress, trainer.agreement is None
     began = perf_counter() - trainer.timing.logging
     may_be_cut = window_ends and not trainer.schedules.plateau_by_step  # else there is no save point before its end
     progress.validating = 0
-    if may_be_cut and interruption.signal is not None:
+    if may_be_cut and trainer.signal is not None:
         progress.validating = 1 + is_last
         return False
     if window_ends:
         metrics.hook = "on_validation_model_zero_grad"
         trainer.module.on_validation_model_zero_grad()
-    undo = Undo(trainer) if may_be_cut else None
+    undo = Undo(trainer) if may_be_cut and alone else None
     try:
         evaluate(trainer, "validation", trainer.sources.validation(), undo)
     except CutShort as cut:
         progress.validating = 1 + is_last
         cut.undo.take_back()
+    if trainer.agreement is not None:
+        trainer.agreement.now()
     metrics.leave_evaluation(TRAIN_BATCH)
     trainer.is_last_batch = is_last
     trainer.timing.validation += perf_counter() - trainer.timing.logging - began  # without the rows that it wrote
@@ -207,7 +221,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches], undo: Undo | 
     step, interruption = trainer.wrapped_step(step_name, len(loaders)), trainer.interruption
     table = metrics.begin(stage, len(loaders))
 
-    with trainer.evaluation_mode(stage):
+    with evaluation_mode(trainer, stage):
         hooks.start()
         hooks.epoch_start()
         for dataloader_idx, loader in enumerate(loaders):
@@ -247,7 +261,7 @@ def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] |
     step = trainer.wrapped_step("predict_step", len(loaders))
     predictions: list[list[Any]] = [[] for _ in loaders]
 
-    with trainer.evaluation_mode("predict"):
+    with evaluation_mode(trainer, "predict"):
         hooks.start()
         hooks.epoch_start()
         metrics.hook = "predict_step"

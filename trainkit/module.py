@@ -201,6 +201,8 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
                 "__init__, or leave the call out and return the loss."
             )
         trainer.hooks.on_before_backward(loss)
+        if trainer.agreement is not None:
+            trainer.strategy.prepare_backward(loss)
         trainer.update.backward(loss, *args, **kwargs)
         trainer.hooks.on_after_backward()
 

@@ -46,6 +46,17 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     return seed
 
 
+def seed_for_rank(rank: int) -> None:
+    """Seed the sources of a process for what it draws by itself, dropout for example: each rank has numbers of its own.
+
+    Rank 0 keeps its state, and draws what a single process would. Processes of one run have the same state before.
+    """
+    seed = derived_seed(seed_of_state(), "rank", rank)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    numpy_random().seed(seed % 2**32)
+
+
 def random_state(include_cuda: bool = True) -> dict[str, Any]:
     """Return the state of every random source, as tensors and plain values.
 

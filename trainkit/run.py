@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainkit import channels_last, components, resume_hint
+from trainkit.agreement import Agreement
 from trainkit.checkpoint import changes, restore
 from trainkit.data.sources import Sources
 from trainkit.data.transfer import TRANSFER_HOOKS, transfer_of
@@ -57,6 +58,7 @@ def running(
     sources: Mapping[str, Any],
 ) -> Iterator[None]:
     """Set a run up, and tear it down whatever happens in between."""
+    trainer.strategy.setup_environment()
     with components.torch_switches(trainer):
         attach(trainer, fn, model, datamodule, dict(sources))
         if fn == TrainerFn.FITTING:
@@ -134,6 +136,7 @@ def attach(
         trainer.fit_timing = trainer.timing
     trainer.actions = actions_of(trainer.profiler)
     trainer.profiler._lightning_module = module
+    trainer.agreement = Agreement(trainer) if fn == TrainerFn.FITTING and trainer.strategy.parallel else None
     trainer.metrics.hook = "setup"
     module.attach(trainer, trainer.metrics)
     if datamodule is not None:
@@ -154,7 +157,7 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     recorded(trainer, "LightningModule", module, "prepare_data")()
     trainer.read_checkpoint(ckpt_path, stage)
     if fitting:
-        components.claim_directories(trainer.loggers)
+        components.claim_directories(trainer.loggers, trainer.strategy)
     if trainer.actions is not None:  # the run's directory is known by now
         set_profiler_up(trainer, stage)
     for part in data:

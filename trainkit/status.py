@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trainkit.accelerators import Accelerator
+    from trainkit.agreement import Agreement
     from trainkit.callback import Callback
     from trainkit.callbacks import ProgressBar
     from trainkit.checkpoint.io import CheckpointIO
@@ -53,6 +54,7 @@ class Status:
     metrics: Metrics
     sources: Sources
     interruption: Interruption
+    agreement: Agreement | None
     callbacks: list[Callback]
     loggers: list[Logger]
     accelerator: Accelerator
@@ -164,14 +166,24 @@ class Status:
     @property
     def stopping(self) -> bool:
         """Whether the run ends after this batch: a step limit, `should_stop`, or a signal."""
-        return self.interruption.signal is not None or self.at_limit
+        return self.signal is not None or self.at_limit
+
+    @property
+    def signal(self) -> int | None:
+        """The signal that ends this run; with several processes, one that all of them know of."""
+        return self.interruption.signal if self.agreement is None else self.agreement.signal
+
+    @property
+    def stop_wanted(self) -> bool:
+        """Whether `should_stop` is set; with several processes, where all of them know of it."""
+        return self.should_stop if self.agreement is None else self.agreement.stop
 
     @property
     def at_limit(self) -> bool:
         """Whether this batch is the run's last by its own settings: a step limit, or `should_stop`."""
         if 0 <= self.max_steps <= self.progress.step:
             return True
-        return self.should_stop and self._may_stop()
+        return self.stop_wanted and self._may_stop()
 
     def _may_stop(self) -> bool:
         """Whether min_epochs and min_steps are reached, so that `should_stop` is honoured."""
@@ -187,7 +199,7 @@ class Status:
             return False
         if isinstance(interval, timedelta):
             return self._since_validation.passed(interval)
-        if self.should_stop and self._may_stop():
+        if self.stop_wanted and self._may_stop():
             return True
         if every is None:
             return is_last
@@ -232,7 +244,7 @@ class Status:
     @property
     def interrupted(self) -> bool:
         """Whether a signal or an exception ended the last run, or is about to."""
-        return self.interruption.signal is not None or self.state.status is TrainerStatus.INTERRUPTED
+        return self.signal is not None or self.state.status is TrainerStatus.INTERRUPTED
 
     @property
     def received_sigterm(self) -> bool:
@@ -452,12 +464,13 @@ class Status:
     @property
     def num_devices(self) -> int:
         """How many devices the run uses on this machine."""
-        return 1
+        return self.strategy.world.local_size
 
     @property
     def device_ids(self) -> list[int]:
         """Which devices the run uses on this machine."""
-        return [self.device.index or 0]
+        devices = self.num_devices
+        return list(range(devices)) if devices > 1 else [self.device.index or 0]
 
     @property
     def world_size(self) -> int:

@@ -25,7 +25,12 @@ def wrapped_step(trainer: Trainer, name: str, num_dataloaders: int) -> Step:
         step = trainer.update.guard.watch_step(step)
     if actions is not None:
         step = actions.wrap(f"[LightningModule]{type(module).__name__}.{name}", step)
-    step = trainer.strategy.wrap(trainer.precision_plugin.wrap(step))
+    step = trainer.precision_plugin.wrap(step)
+    if training:
+        wishes = trainer.agreement.wishes if trainer.agreement is not None and module.automatic_optimization else None
+        step = trainer.strategy.wrap_training(module, step, wishes)
+    else:
+        step = trainer.strategy.wrap(step)
     if training and trainer.graphs is not None:
         step = trainer.graphs.training_step(step)
     if actions is not None:

@@ -33,7 +33,7 @@ from trainkit.metrics import Metrics, numbers
 from trainkit.module import Module
 from trainkit.optim import LRSchedulerConfig
 from trainkit.precision import Precision
-from trainkit.random import isolated_random
+from trainkit.random import isolated_random, seed_for_rank
 from trainkit.replay import replayed
 from trainkit.run import running
 from trainkit.signals import NOTED, STOPS, Interruption
@@ -47,6 +47,7 @@ from trainkit.tree import map_tensors
 from trainkit.update import StepOptimizer
 
 if TYPE_CHECKING:
+    from trainkit.agreement import Agreement
     from trainkit.profiler import Profiler
     from trainkit.profiler.actions import Actions
 
@@ -196,6 +197,8 @@ class Trainer(Status):
         """The clocks of the run, and of the last fit."""
         self.state = TrainerState()
         self.interruption = Interruption()
+        self.agreement: Agreement | None = None
+        """What the processes of a fit agree on; None with one process."""
         self.command: str | None = None
         """The shell command that started this run, when the command line did."""
         self.resume_path: str | None = None
@@ -218,6 +221,8 @@ class Trainer(Status):
         """The contents of the checkpoint that this run begins from."""
         self.ckpt_strict = True
         """Whether a checkpoint must be of a run that saw the same samples in the same order."""
+        self.ranks: list[dict[str, Any]] = []
+        """What each process had for itself at the last save."""
         self.made_of: dict[str, Any] = {}
         """What the last fit began with, as its checkpoints say it."""
         self.weights_before: dict[str, Any] | None = None
@@ -417,6 +422,8 @@ class Trainer(Status):
         if self.checkpoint is not None:
             restore.restore_run(self, self.checkpoint, Path(self.resume_path or ""))
             self.strategy.optimizers_to_device(self.optimizers)
+        elif self.global_rank > 0:
+            seed_for_rank(self.global_rank)
         self.sources.prepare()
 
     @contextmanager
@@ -431,7 +438,7 @@ class Trainer(Status):
 
     def leave_if_interrupted(self) -> None:
         """Raise KeyboardInterrupt or SystemExit when a signal asked this run to end. Called where it can be saved."""
-        if self.interruption.signal is not None:
+        if self.signal is not None:
             slurm.save_if_nobody_does(self)
             self.interruption.leave()
 
@@ -466,7 +473,7 @@ class Trainer(Status):
     def read_checkpoint(self, ckpt_path: str | os.PathLike[str] | None, stage: str) -> None:
         """Read the checkpoint that `ckpt_path` means, and let the loggers go on where it was written."""
         self.checkpoint, self.resume_path, self.resumed_by_name = None, None, False
-        path = restore.resolve(self, ckpt_path, stage)
+        path = self.strategy.on_rank_zero("looking for the checkpoint", lambda: restore.resolve(self, ckpt_path, stage))
         if path is None:
             return
         self.checkpoint, self.resume_path = self.checkpoint_io.load_checkpoint(path), str(path)
@@ -523,29 +530,6 @@ class Trainer(Status):
         stepped, self.stepped_manually = self.stepped_manually, False
         return stepped
 
-    @contextmanager
-    def evaluation_mode(self, stage: str) -> Iterator[None]:
-        """Run without gradients and with the module in evaluation mode, and give each part its own mode back."""
-        module, before = self.module, self.state.stage
-        modes = [(part, part.training) for part in module.modules()]
-        use_inference_mode = self.inference_mode and self.state.fn != TrainerFn.FITTING
-        if before == RunningStage.TRAINING:
-            self.state.stage = RunningStage.VALIDATING
-        self.metrics.hook = f"on_{stage}_model_eval"
-        getattr(module, f"on_{stage}_model_eval")()
-        try:
-            with torch.inference_mode() if use_inference_mode else torch.no_grad():
-                yield
-        finally:
-            self.state.stage = before
-            self._since_validation.restart()
-            if is_overridden(module, f"on_{stage}_model_train"):
-                self.metrics.hook = f"on_{stage}_model_train"
-                getattr(module, f"on_{stage}_model_train")()
-            else:
-                for part, training in modes:
-                    part.training = training
-
     def to_host(self, output: Any) -> Any:
         """Return predictions on the cpu."""
         if self.device.type == "cpu":
@@ -590,7 +574,9 @@ class Trainer(Status):
             self.log_metrics(self.metrics.row() | self.timing.row())
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print, above the progress bar if there is one."""
+        """Print, above the progress bar if there is one; on rank 0 only."""
+        if not self.is_global_zero:
+            return
         bar = self.progress_bar_callback
         if bar is not None and not kwargs:
             bar.print(*args)

@@ -25,6 +25,7 @@ from trainkit.errors import (
 )
 from trainkit.hparams import namespaces_of, plain_hparams, tell_of_secrets
 from trainkit.loggers.base import run_directory, runs_directory
+from trainkit.random import seed_for_rank
 from trainkit.stages import RunningStage, TrainerFn
 from trainkit.state import ByKey, resume_state
 
@@ -58,6 +59,8 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         checkpoint["callbacks"] = ByKey(trainer.callbacks).state_dict()
         for key, part in resume_state(trainer).items():
             checkpoint[key] = part.state_dict()
+        if trainer.world_size > 1:
+            checkpoint["ranks"] = trainer.ranks
         if switched := _switched(trainer):
             checkpoint["switched"] = switched
         checkpoint["run_dirs"] = [
@@ -82,6 +85,37 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         checkpoint.update({key: as_saved(checkpoint[key]) for key in LAID if key in checkpoint})
     trainer.hooks.on_save_checkpoint(checkpoint)
     return checkpoint
+
+
+OF_A_RANK = ("random", "metrics")
+"""What each process has for itself; of everything else all have the same."""
+
+
+def state_of_rank(trainer: Trainer) -> dict[str, Any]:
+    """Return what this process has for itself."""
+    parts = resume_state(trainer)
+    return {key: parts[key].state_dict() for key in OF_A_RANK}
+
+
+def for_rank(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint with what this process had, or, with another number of processes, takes over.
+
+    Then rank 0 has what was logged in the epoch so far, of all of them; and as random states those of processes that
+    were not there are drawn from the run's.
+    """
+    ranks, world, rank = checkpoint.get("ranks"), trainer.world_size, trainer.global_rank
+    if ranks is None and world == 1:
+        return checkpoint
+    ranks = ranks or [{key: checkpoint[key] for key in OF_A_RANK if key in checkpoint}]
+    if len(ranks) == world:
+        return {**checkpoint, **ranks[rank]}
+    own = dict(ranks[rank] if rank < len(ranks) else ranks[0])
+    states = [state["metrics"] for state in ranks if "metrics" in state]
+    if states:
+        own["metrics"] = states[0] if rank == 0 else None
+    if rank >= len(ranks):
+        own.pop("random", None)
+    return {**{key: value for key, value in checkpoint.items() if key not in OF_A_RANK}, **own}
 
 
 def _switched(trainer: Trainer) -> dict[str, dict[str, bool]]:
@@ -138,6 +172,9 @@ def _restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> No
     if lightning.is_foreign(checkpoint) and "optimizer_states" in checkpoint:
         checkpoint = lightning.parts_of(checkpoint, path)
         parts = {key: part for key, part in parts.items() if key in checkpoint}
+    checkpoint = for_rank(trainer, checkpoint)
+    if trainer.global_rank > 0:
+        parts = {key: part for key, part in parts.items() if key in checkpoint or key not in OF_A_RANK}
     missing = [key for key in parts if key not in checkpoint]
     if missing:
         raise IncompleteCheckpointError(f"{path} lacks {', '.join(missing)}: a run can't be resumed from it.")
@@ -151,6 +188,8 @@ def _restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> No
             raise CheckpointError(f"{path} does not fit this run: {error}") from None
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{path} does not fit this run: its {key}: {error}.") from error
+    if "random" not in parts:  # there was no such process
+        seed_for_rank(trainer.global_rank)
     for optimizer in trainer.optimizers:
         if optimizer.state:  # or schedules would warn that they moved before it, which happened in another process
             optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -24,9 +24,30 @@ StrPath = str | os.PathLike[str]
 
 
 def save(trainer: Trainer, path: StrPath, weights_only: bool, storage_options: Any, overwrite: bool) -> None:
-    """Write a checkpoint of this moment, after what is being written in the background: `Trainer.save_checkpoint`."""
+    """Write a checkpoint of this moment, after what is being written in the background: `Trainer.save_checkpoint`.
+
+    Of several processes, all of which call this, rank 0 writes what all of them have.
+    """
     trainer.background.settle()
+    if trainer.world_size == 1:
+        save_here(trainer, path, weights_only, storage_options, overwrite)
+        return
+    gather(trainer)
+    if not trainer.is_global_zero:
+        contents(trainer, weights_only)  # hooks are called on all processes
+    trainer.strategy.on_rank_zero(
+        f"saving {path}", lambda: save_here(trainer, path, weights_only, storage_options, overwrite)
+    )
+
+
+def save_here(trainer: Trainer, path: StrPath, weights_only: bool, storage_options: Any, overwrite: bool) -> None:
+    """Write a checkpoint of this moment in this process."""
     write(trainer.checkpoint_io, contents(trainer, weights_only), path, storage_options, overwrite)
+
+
+def gather(trainer: Trainer) -> None:
+    """Get to know what only the other processes have: their random state, their part of an epoch's metrics."""
+    trainer.ranks = trainer.strategy.gather_objects(restore.state_of_rank(trainer))
 
 
 def contents(trainer: Trainer, weights_only: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainkit.checkpoint import saving, store
 from trainkit.checkpoint.format import check_plain
@@ -20,9 +20,32 @@ if TYPE_CHECKING:
 
 
 def save(callback: Keeper, decision: Decision, in_background: bool = False) -> None:
-    """Write, then remember, then remove: in this order nothing good is lost when the process dies."""
+    """Write, then remember, then remove: in this order nothing good is lost when the process dies.
+
+    Of several processes rank 0 does so, with what all of them have; the others learn what has become of it.
+    """
     trainer = decision.trainer
-    trainer.background.settle()
+    if trainer.world_size == 1:
+        trainer.background.settle()
+        save_here(callback, decision, in_background)
+        return
+    saving.gather(trainer)
+    if not trainer.is_global_zero:
+        saving.contents(trainer, callback.save_weights_only)  # hooks are called on all processes
+
+    def on_rank_zero() -> Any:
+        trainer.background.settle()
+        save_here(callback, decision, in_background)
+        return callback._seen()
+
+    seen = trainer.strategy.on_rank_zero("saving a checkpoint", on_rank_zero)
+    if not trainer.is_global_zero:
+        callback._follow(seen)
+
+
+def save_here(callback: Keeper, decision: Decision, in_background: bool) -> None:
+    """Save in this process."""
+    trainer = decision.trainer
     here = (trainer.progress.epoch, trainer.progress.batch, trainer.progress.step)
     written = callback._written if callback._written is not None and callback._written.where == here else None
     if written is not None and written.ranked and (decision.ranked or decision.listed):
@@ -149,7 +172,9 @@ def _same(path: str, other: str | None) -> bool:
 
 
 def _save_as(trainer: Trainer, path: str, weights_only: bool, overwrite: bool) -> None:
-    if overwrite:
+    if trainer.world_size > 1:  # the others wait already
+        saving.save_here(trainer, path, weights_only, None, overwrite)
+    elif overwrite:
         trainer.save_checkpoint(path, weights_only)
     else:
         trainer.save_checkpoint(path, weights_only, overwrite=False)

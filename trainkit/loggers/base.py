@@ -323,6 +323,10 @@ class FileLogger(Logger):
         self._last_step = step - 1
         self._rewind(step)
 
+    def settle_version(self, version: int | str) -> None:
+        """Take the version that another process of this run has claimed."""
+        self._version, self._settled = version, True
+
     def _rewind(self, step: int) -> None:
         """Make the next write take the place of all rows at x >= `step`."""
 

@@ -20,6 +20,8 @@ class Strategy:
         device: where the module and its batches live.
     """
 
+    parallel = False
+    """Whether it is one of several processes, or acts as if: then `sync` and its like are called."""
     world = World()
     """The processes of the run, and which of them this is."""
 
@@ -64,6 +66,25 @@ class Strategy:
         """Return the step as the loop calls it; on one device the method itself."""
         return step
 
+    def wrap_training(self, module: nn.Module, step: Callable[..., Any], wishes: Any = None) -> Callable[..., Any]:
+        """Return the training step as the loop calls it.
+
+        Args:
+            module: whose parameters it trains.
+            step: what runs it.
+            wishes: what processes tell each other along with the gradients; None where nobody listens.
+        """
+        return self.wrap(step)
+
+    def epoch_starts(self) -> None:
+        """Prepare for an epoch; with several processes."""
+
+    def sync(self, wanted: bool) -> None:
+        """Say before a step's forward whether its gradients are averaged; with several processes."""
+
+    def prepare_backward(self, loss: Tensor) -> None:
+        """Prepare for a backward inside of the step (manual optimization); with several processes."""
+
     def to_device(self, batch: Any) -> Any:
         """Return the batch on the device; copies from pinned memory overlap with what the device does."""
         return move_data_to_device(batch, self.device)
@@ -98,12 +119,19 @@ class Strategy:
                     if isinstance(value, Tensor) and name != "step" and value.device != parameter.device:
                         state[name] = value.to(parameter.device)
 
+    def same_everywhere(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the values that rank 0 has."""
+
     def on_exception(self, exception: BaseException) -> None:
         """Give up what would keep other processes waiting, when a run fails."""
 
     # ---- between processes; one process is all of them
     def barrier(self, name: str | None = None) -> None:
         """Wait for all processes."""
+
+    def on_rank_zero(self, what: str, function: Callable[[], Any]) -> Any:
+        """Run a function on rank 0 while the others wait, and return what it returned on all."""
+        return function()
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """Return the value that one process has."""

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import atexit
+import pickle
+import time
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.nn.parameter import is_lazy
 
+from trainkit.errors import MisconfigurationException
 from trainkit.rank_zero import rank_zero_only
 from trainkit.strategies.base import Strategy
 from trainkit.tree import map_tensors
 from trainkit.world import World
 
+SHORTEST_WAIT, LONGEST_WAIT = 0.001, 0.1  # seconds between two looks for what rank 0 has done
 OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
@@ -28,6 +36,8 @@ class ParallelStrategy(Strategy):
         timeout: how long a process waits for the others before that is an error.
     """
 
+    parallel = True
+
     def __init__(
         self,
         device: torch.device | str = "cpu",
@@ -38,6 +48,10 @@ class ParallelStrategy(Strategy):
         super().__init__(device)
         self.process_group_backend, self.timeout = process_group_backend, timeout
         self.world = world or World()
+        self.sync_batchnorm = False
+        """Whether batch norms use the batches of all processes; the Trainer says so."""
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        self._calls = 0  # of on_rank_zero: all processes make the same ones
 
     @property
     def backend(self) -> str:
@@ -52,10 +66,47 @@ class ParallelStrategy(Strategy):
         if dist.is_initialized():
             return
         device = self.device if self.device.type == "cuda" else None
+        if not self.world.launcher:  # one process, which nobody launched
+            dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device)  # type: ignore[attr-defined]
+            atexit.register(leave_process_group)
+            return
         dist.init_process_group(
             self.backend, rank=self.global_rank, world_size=self.world_size, timeout=self.timeout, device_id=device
         )
         atexit.register(leave_process_group)
+
+    def setup(self, module: nn.Module) -> None:
+        """Bring the module to its device, the same one on all processes."""
+        super().setup(module)
+        self.same_everywhere(chain(module.parameters(), module.buffers()))
+        if self.sync_batchnorm:
+            self._sync_batchnorm(module)
+
+    def same_everywhere(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the values that rank 0 has."""
+        for tensor in tensors:
+            if not is_lazy(tensor):
+                dist.broadcast(tensor.detach(), 0)
+
+    def _sync_batchnorm(self, module: nn.Module) -> None:
+        if self.device.type == "cpu":
+            raise MisconfigurationException(
+                "sync_batchnorm=True: torch's SyncBatchNorm runs on accelerators only, and this run's device is the "
+                "cpu. Leave it out, or use GroupNorm or LayerNorm, which do not look at other samples."
+            )
+        for parent in list(module.modules()):
+            for name, part in list(parent.named_children()):
+                if isinstance(part, nn.modules.batchnorm._BatchNorm) and not isinstance(part, nn.SyncBatchNorm):
+                    setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))  # type: ignore[no-untyped-call]
+                    self._replaced.append((parent, name, part))
+
+    def teardown(self, module: nn.Module) -> None:
+        """Put back what was replaced, and give an accelerator's memory back."""
+        while self._replaced:
+            parent, name, part = self._replaced.pop()
+            vars(part)["_buffers"] = vars(getattr(parent, name))["_buffers"]
+            setattr(parent, name, part)
+        super().teardown(module)
 
     # ---- between processes
     def barrier(self, name: str | None = None) -> None:
@@ -64,6 +115,37 @@ class ParallelStrategy(Strategy):
             dist.barrier(device_ids=[self.device.index])
         else:
             dist.barrier()
+
+    def on_rank_zero(self, what: str, function: Callable[[], Any]) -> Any:
+        """Run a function on rank 0 while the others wait, however long it takes, and return what it returned on all.
+
+        They do not wait inside of a collective: that would be over after the group's timeout.
+
+        Args:
+            what: what it does, for the error of the others.
+            function: what rank 0 runs; what it returns is pickled.
+
+        Raises:
+            RuntimeError: it failed on rank 0, which raises the error itself.
+        """
+        self._calls += 1
+        key, store = f"trainkit/{self._calls}", _get_default_store()
+        if self.global_rank == 0:
+            try:
+                value = function()
+            except BaseException as error:
+                store.set(key, pickle.dumps((f"{type(error).__name__}: {error}", None)))  # type: ignore[arg-type]
+                raise
+            store.set(key, pickle.dumps((None, value)))  # type: ignore[arg-type]
+            return value
+        wait = SHORTEST_WAIT
+        while not store.check([key]):
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+        problem, value = pickle.loads(store.get(key))
+        if problem is not None:
+            raise RuntimeError(f"{what} failed on rank 0: {problem}")
+        return value
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """Return the value that one process has."""
@@ -107,7 +189,7 @@ def _gathered(tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
     if sync_grads and torch.is_grad_enabled():
         from torch.distributed.nn.functional import all_gather
 
-        return torch.stack(list(all_gather(tensor, group or dist.group.WORLD)))
+        return torch.stack(list(all_gather(tensor, group or dist.group.WORLD)))  # type: ignore[no-untyped-call]
     tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor, group=group)

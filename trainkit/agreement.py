@@ -1,0 +1,81 @@
+"""Agreement: what several processes do at the same step, though each decides by itself.
+
+One may be told to stop by a signal, a clock or a user's callback that the others know nothing of. If it stopped alone,
+the others would wait for it for ever. So what a process wants is sent along with the gradients of its next update, and
+what anybody wants happens on all of them after that one: no message more is sent than without it. Where no gradients
+are sent (between epochs, after a validation, with manual optimization at log points) they ask each other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainkit.signals import NOTED
+from trainkit.strategies.ddp import Wishes
+
+if TYPE_CHECKING:
+    from trainkit.trainer import Trainer
+
+LAG = 8
+"""So many updates later a wish is heard on an accelerator, which by then has long computed it: nobody waits for it."""
+
+
+class Agreement:
+    """What the processes of a run have agreed on.
+
+    Args:
+        trainer: whose `should_stop` and signals are this process's wishes.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.device = trainer, trainer.strategy.device
+        self.wishes = Wishes(("stop", *map(str, NOTED)), self.device)
+        self.stop = False
+        """Whether somebody has set `should_stop`."""
+        self.signal: int | None = None
+        """A signal that somebody got."""
+        self._told: tuple[bool, int | None] = (False, None)
+        self._on_its_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def step(self) -> None:
+        """Hear what was wished with the gradients of this update, and wish with the next one's."""
+        heard = self.wishes.heard()
+        if heard is not None and self.device.type == "cpu":
+            self._take(heard)
+        elif heard is not None:
+            self._hear_later(heard)
+        wish = (self.trainer.should_stop, self.trainer.interruption.signal)
+        if wish != self._told:
+            self._told = wish
+            self.wishes.own.copy_(self._wished())
+
+    def now(self) -> None:
+        """Ask each other now; all processes call it at the same place."""
+        self._take(self.trainer.strategy.all_reduce(self._wished().to(self.device)))
+        self._on_its_way.clear()
+
+    def _wished(self) -> Tensor:
+        signal = self.trainer.interruption.signal
+        return torch.tensor([self.trainer.should_stop, *(signal == number for number in NOTED)], dtype=torch.float32)
+
+    def _hear_later(self, heard: Tensor) -> None:
+        host = torch.empty_like(heard, device="cpu", pin_memory=True).copy_(heard, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._on_its_way.append((host, event))
+        if len(self._on_its_way) > LAG:
+            host, event = self._on_its_way.popleft()
+            event.synchronize()
+            self._take(host)
+
+    def _take(self, heard: Tensor) -> None:
+        stop, *signals = heard.tolist()
+        if stop > 0:
+            self.stop = self.trainer.should_stop = True
+        if any(signals) and self.signal is None:
+            self.signal = next(number for number, wished in zip(NOTED, signals, strict=True) if wished > 0)
+            self.trainer.interruption.signal = self.signal

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.errors import MisconfigurationException, warn
-from trainkit.metrics.agreement import Agreement, Entry, of_others
 from trainkit.metrics.batch_size import BatchSize
+from trainkit.metrics.exchange import Entry, Exchange, of_others
 from trainkit.metrics.metric import Kind, Metric, as_number, is_metric_object, not_a_scalar, numbers
 from trainkit.metrics.objects import (
     ObjectMetric,
@@ -87,7 +87,7 @@ class Metrics:
         strategy: the run's; of several processes, it brings together what they logged.
     """
 
-    agreement: Agreement | None = None
+    exchange: Exchange | None = None
     """How the values of several processes become one; None: there is one process."""
 
     def __init__(
@@ -95,7 +95,7 @@ class Metrics:
     ) -> None:
         self.module, self.has_logger = module, has_logger
         if strategy is not None and strategy.world_size > 1:
-            self.agreement = Agreement(strategy)
+            self.exchange = Exchange(strategy)
         self.hook: str = "setup"
         self.x = 0  # the x value of what is logged now: accumulation windows that were over before this batch
         self.train = Table("train")
@@ -196,7 +196,7 @@ class Metrics:
 
     def _kinds(self, alone: bool) -> tuple[type[Metric], type[ObjectMetric]]:
         """Return the classes of what is logged: of one process, of all of them, of one of several."""
-        if self.agreement is None:
+        if self.exchange is None:
             return Metric, ObjectMetric
         return (Metric, OwnObject) if alone else (SharedMetric, SharedObject)
 
@@ -229,7 +229,7 @@ class Metrics:
             where: the point in the run, for messages.
             empty: this process was given no batch.
         """
-        if self.agreement is None:
+        if self.exchange is None:
             return
         table = self.table
         shown = [
@@ -240,7 +240,7 @@ class Metrics:
             and metric.on_epoch
             and metric.loader == table.loader
         ]
-        agreed = self.agreement.on_epoch(where, shown, empty, self._of_others)
+        agreed = self.exchange.on_epoch(where, shown, empty, self._of_others)
         if len(agreed) > len(shown):  # in the order of all
             theirs = {(one.hook, one.name, one.loader if one.suffix else None): one for one in agreed}
             table.metrics = {key: one for key, one in table.metrics.items() if key not in theirs} | theirs
@@ -251,13 +251,13 @@ class Metrics:
         Args:
             now: even if nobody has logged anything of the kind lately.
         """
-        if self.agreement is not None:
+        if self.exchange is not None:
             shown = [
                 metric
                 for metric in self.train.metrics.values()
                 if isinstance(metric, SharedMetric) and metric.logged and metric.synced
             ]
-            self.agreement.on_step(shown, self.x, now)
+            self.exchange.on_step(shown, self.x, now)
 
     def catch_up(self) -> None:
         """Let what was logged until now be what all processes came to, before something is decided by it.
@@ -428,7 +428,7 @@ class Metrics:
             "evaluated": [list(pair) for pair in self._evaluated.items()],
             "steps": self.train.steps,
             "objects": metric_states(self.module) if self._objects is None else self._objects,
-            **({} if self.agreement is None else {"part": self.agreement.part}),
+            **({} if self.exchange is None else {"part": self.exchange.part}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ class Heard(NamedTuple):
     """Whether all of them did; else some were given no batch."""
 
 
-class Agreement:
+class Exchange:
     """The processes of a run, and what they tell each other of what they logged.
 
     Args:
@@ -204,9 +204,9 @@ class Agreement:
         everyone: list[Any] = self._waiting(where, lambda: self.strategy.gather_objects(value))
         return everyone
 
-    def _waiting(self, where: str, exchange: Callable[[], Any]) -> Any:
+    def _waiting(self, where: str, call: Callable[[], Any]) -> Any:
         try:
-            return exchange()
+            return call()
         except RuntimeError as error:
             raise RuntimeError(
                 f"process {self.strategy.global_rank} of {self.strategy.world_size} waited at {where} for the others, "

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.processes import Result, run
 
+from tests.processes import Result, run
 from trainkit.metrics.exchange import Entry, difference
 
 PREAMBLE = """

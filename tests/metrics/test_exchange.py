@@ -324,7 +324,7 @@ def test_a_process_that_never_comes_is_an_error_that_says_so(results: dict[int, 
 
 def test_a_difference_names_few_sides_however_many_processes_there_are() -> None:
     def entry(name: str) -> Entry:
-        return Entry(name, "validation_step", "", None, "mean", False, True, False, None, False, True, None)
+        return Entry(name, "validation_step", "", None, "mean", False, True, False, None, False, False, True, None)
 
     everyone = [("the end", [entry(f"loss_{rank}")], False) for rank in range(1000)]
     assert "and 996 more" in difference(everyone)

@@ -44,6 +44,8 @@ class Entry(NamedTuple):
     synced: bool
     attribute: str | None
     """Where in the module the metric object is; None: numbers are logged."""
+    computed: bool
+    """Whether that has computed since it was logged last."""
 
     prog_bar: bool
     logger: bool
@@ -62,10 +64,8 @@ class Heard(NamedTuple):
     """What the processes agreed on."""
 
     entries: list[Entry]
-    source: int
-    """The first process that logged all of it."""
-    complete: bool
-    """Whether all of them did; else some were given no batch."""
+    with_all: list[int]
+    """The processes that logged all of it; the others were given no batch."""
 
 
 class Exchange:
@@ -102,9 +102,9 @@ class Exchange:
         numbers = [metric for metric in agreed if isinstance(metric, SharedMetric)]
         for metric, found in zip(numbers, self._values(where, [m.epoch_share() for m in numbers]), strict=True):
             metric.take_epoch(*found)
-        for one in agreed:
-            if isinstance(one, SharedObject):
-                one.take_epoch(self._computed(one, heard))
+        for entry, one in zip(heard.entries, agreed, strict=True):
+            if isinstance(one, SharedObject) and not entry.computed:
+                one.take_epoch(self._computed(one, heard.with_all))
         return agreed
 
     def on_step(self, metrics: Sequence[SharedMetric], window: int, now: bool = False) -> None:
@@ -140,12 +140,12 @@ class Exchange:
         low, high, low_of_batches, high_of_batches, somebody_lacks = (int(value) for value in heard)
         alike = low + high == 0 and (low_of_batches + high_of_batches == 0 or low_of_batches == NOTHING)
         if alike and not somebody_lacks:
-            return Heard(entries, 0, complete=True)
+            return Heard(entries, list(range(self.strategy.world_size)))
         everyone = self._told(where, (where, entries, lacks))
         if not alike:
             raise MisconfigurationException(difference(everyone))
-        source = next((rank for rank, (_, _, lacking) in enumerate(everyone) if not lacking), 0)
-        return Heard(everyone[source][1], source, complete=False)
+        with_all = [rank for rank, (_, _, lacking) in enumerate(everyone) if not lacking]
+        return Heard(everyone[with_all[0]][1] if with_all else entries, with_all)
 
     # ---- values
     def _values(self, where: str, shares: Sequence[Share]) -> list[tuple[float, float]]:
@@ -159,23 +159,23 @@ class Exchange:
         maxima = self._reduced(where, extremes, "max") if extremes.numel() else []
         return unpacked([share.reduce for share in shares], added, maxima)
 
-    def _computed(self, metric: SharedObject, heard: Heard) -> Any:
+    def _computed(self, metric: SharedObject, with_all: list[int]) -> Any:
         """Return what an object computes of all processes' updates; where there was none it may not be able to."""
-        mine = own_states(metric.metric)
-        if mine is None:  # it finds the other processes itself, if it wants them
-            value = metric.metric.compute() if heard.complete or metric.logged else None
-            return value if heard.complete else self._from(metric, value, heard.source)
-        everyone = self._told(_computing(metric), mine if self._leads else None)
-        sources = [rank for rank, states in enumerate(everyone) if updated(states)]
-        if not sources:
-            return computed_alone(metric.metric)
-        value = computed_from(metric.metric, [everyone[source] for source in sources]) if updated(mine) else None
-        return value if len(sources) == sum(self._leaders) else self._from(metric, value, sources[0])
-
-    def _from(self, metric: SharedObject, value: Any, source: int) -> Any:
-        """Return the value that one process has; whoever has one of its own keeps it."""
-        sent = self._waiting(_computing(metric), lambda: self.strategy.broadcast(on_host(value), source))
-        return sent if value is None else value
+        mine, rank, where = own_states(metric.metric), self.strategy.global_rank, f"the computing of {metric.name!r}"
+        if mine is not None:
+            everyone = self._told(where, mine if self._leads else None)
+            with_all = [rank for rank, states in enumerate(everyone) if updated(states)]
+            if not with_all:
+                return computed_alone(metric.metric)
+            able, complete = updated(mine), len(with_all) == sum(self._leaders)
+            value = computed_from(metric.metric, [everyone[other] for other in with_all]) if able else None
+        else:  # it finds the other processes itself, if it wants them
+            able, complete = rank in with_all, len(with_all) == self.strategy.world_size
+            value = metric.metric.compute() if able else None
+        if complete:
+            return value
+        sent = self._waiting(where, lambda: self.strategy.broadcast(on_host(value), with_all[0]))
+        return value if able else sent
 
     # ---- the processes
     @property
@@ -215,15 +215,12 @@ class Exchange:
             ) from error
 
 
-def _computing(metric: SharedObject) -> str:
-    return f"the computing of {metric.name!r}"
-
-
 def entry_of(metric: Any) -> Entry:
     """Return what the processes compare of a name."""
     return Entry(
         metric.name, metric.hook, metric.suffix, metric.loader, metric.reduce, metric.on_step, metric.on_epoch,
-        getattr(metric, "synced", False), getattr(metric, "attribute", None), metric.prog_bar, metric.logger,
+        getattr(metric, "synced", False), getattr(metric, "attribute", None),
+        getattr(metric, "_computed", None) is not None, metric.prog_bar, metric.logger,
         metric.kind_of_value() if isinstance(metric, SharedMetric) else None,
     )  # fmt: skip
 
@@ -252,13 +249,14 @@ def difference(everyone: Sequence[tuple[str, list[Entry], bool]]) -> str:
     if len({where for where, _, _ in everyone}) > 1:
         sides = _sides([f"is at {where}" for where, _, _ in everyone])
         return f"the processes are at different points: {sides}. Each of them must get to all of these points."
-    said = [entries for _, entries, lacks in everyone if not lacks]
     names = [[str(entry) for entry in entries] for _, entries, _ in everyone]
     alike = all(listed == names[0] for listed in names)
     told = [[_in_full(entry) for entry in entries] for _, entries, _ in everyone] if alike else names
-    some = {str(entry) for entries in said for entry in entries} - set.intersection(
-        *({str(entry) for entry in entries} for entries in said)
-    )
+    of_batches = {str(entry) for _, entries, _ in everyone for entry in entries if entry.hook in BATCH_HOOKS}
+    sets = [
+        set(listed) | (of_batches if lacks else set()) for listed, (_, _, lacks) in zip(names, everyone, strict=True)
+    ]
+    some = set.union(*sets) - set.intersection(*sets)
     what = f"only some logged {sorted(some)}" if some else "with other options" if alike else "in another order"
     return (
         f"the processes logged different things until {everyone[0][0]}: "

@@ -91,6 +91,8 @@ class SharedMetric(Metric):
 class SharedObject(ObjectMetric):
     """A metric object that computes what all processes have updated it with, at points that all of them reach."""
 
+    __slots__ = ()
+
     def epoch_value(self) -> Any:
         """Return what was computed last; nothing is computed here, as the others would have to as well."""
         return self._computed
@@ -102,6 +104,8 @@ class SharedObject(ObjectMetric):
 
 class OwnObject(ObjectMetric):
     """A metric object that only one process logs: it computes what that one has updated it with."""
+
+    __slots__ = ()
 
     def epoch_value(self) -> Any:
         """Return what the object computes, once for each time that it was logged."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +19,14 @@ from trainkit.metrics.exchange import Entry, difference
 PREAMBLE = """
 import json, os, sys, warnings
 import torch
-import torchmetrics
 from torch import nn
-from torch.utils.data import DataLoader
-from trainkit import Callback, Module, Trainer
-from trainkit.callbacks import EarlyStopping, ModelCheckpoint
 from trainkit.errors import MisconfigurationException
-from trainkit.loggers import Logger
 from trainkit.metrics import TRAIN_BATCH, Metrics
 from trainkit.strategies import Strategy
 from trainkit.strategies.parallel import ParallelStrategy
 from trainkit.world import World
 
 warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "pkg_resources|.*deprecated")
 torch.set_num_threads(1)
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
@@ -36,25 +35,52 @@ def tell(**values):
     print("told " + json.dumps(values), flush=True)
 """
 
+JOIN = """
+if WORLD > 1:
+    strategy = ParallelStrategy(world=World(WORLD, RANK, WORLD, RANK, launcher="torchrun"))
+    strategy.setup_environment()
+else:
+    strategy = Strategy()
+"""
+
 EVALUATED = """
-class Parts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.accuracy = torchmetrics.classification.MulticlassAccuracy(num_classes=3, average="micro")
-        self.auroc = torchmetrics.AUROC(task="binary")  # lists of tensors, none of them where there was no batch
-        self.r2 = torchmetrics.R2Score()
-        self.pearson = torchmetrics.PearsonCorrCoef()  # computes from the states of each process
-        self.twice = torchmetrics.MeanMetric() * 2  # one inside another
-        self.cat = torchmetrics.CatMetric()
-        self.collection = torchmetrics.MetricCollection(
-            {"precision": torchmetrics.Precision("multiclass", num_classes=3, average="macro"),
-             "recall": torchmetrics.Recall("multiclass", num_classes=3, average="macro")}, prefix="of/"
-        )
-        self.spread = Spread()
+def evaluated(samples, loaders, log, module=None):
+    generator = torch.Generator().manual_seed(0)
+    metrics = Metrics(module, strategy=strategy)
+    metrics.begin("validation", loaders)
+    metrics.hook = "on_validation_epoch_start"
+    metrics.log("before", 7.0)
+    for index in range(loaders):
+        x = torch.randn(samples - index, generator=generator)
+        label = torch.randint(0, 3, (len(x),), generator=generator)
+        mine, batches = range(RANK, len(x), WORLD), 0
+        metrics.begin_loader(index, "validation_step")
+        for start in range(0, len(mine), 8):
+            few = list(mine[start : start + 8])
+            metrics.batch, batches = x[few], batches + 1
+            log(metrics, x[few], label[few])
+        metrics.end_loader(index, batches)
+    metrics.end_loaders()
+    metrics.hook = "on_validation_epoch_end"
+    metrics.log("after", RANK + 1.0, reduce_fx="sum")
+    metrics.log("own", float(RANK), rank_zero_only=True)
+    results, together = metrics.end_evaluation()
+    seen = {name: float(value) for name, value in metrics.callback_metrics.items()}
+    return [{n: v.hex() for n, v in result.items()} for result in results], seen, sorted(metrics.progress_bar_metrics)
+"""
+
+OBJECTS = (
+    PREAMBLE
+    + """
+import torchmetrics
+
+class Largest(torchmetrics.CatMetric):
+    def compute(self):
+        return super().compute().amax()
 
 
-class Spread(nn.Module):
-    # an object that is not torchmetrics' and finds no other process by itself
+class Two(nn.Module):
+    # an object that is not torchmetrics', finds no other process by itself and computes nothing from nothing
     def __init__(self):
         super().__init__()
         self.reset()
@@ -69,83 +95,79 @@ class Spread(nn.Module):
         self.seen = []
 
 
-class LargestOf(torchmetrics.CatMetric):
-    def compute(self):
-        return super().compute().amax()
+class Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.auroc = torchmetrics.AUROC(task="binary")  # lists of tensors, none of them where there was no batch
+        self.error = torchmetrics.MeanSquaredError()
+        self.pearson = torchmetrics.PearsonCorrCoef()  # computes from the states of each process
+        self.twice = torchmetrics.MeanMetric() * 2  # one inside another
+        self.largest = Largest()
+        self.two = Two()
+        self.own = torchmetrics.SumMetric(sync_on_compute=False)
+        self.collection = torchmetrics.MetricCollection(
+            {"precision": torchmetrics.Precision("multiclass", num_classes=3, average="macro"),
+             "recall": torchmetrics.Recall("multiclass", num_classes=3, average="macro")}, prefix="of/"
+        )
 
 
-def evaluated(samples, loaders=1, objects=True):
-    generator = torch.Generator().manual_seed(0)
-    module = Parts()
-    module.cat = LargestOf()
-    metrics = Metrics(module, strategy=strategy)
-    metrics.begin("validation", loaders)
-    metrics.hook = "on_validation_epoch_start"
-    metrics.log("before", 7.0)
-    for index in range(loaders):
-        x = torch.randn(samples - index, generator=generator)
-        label = torch.randint(0, 3, (len(x),), generator=generator)
-        mine, batches = range(RANK, len(x), WORLD), 0
-        metrics.begin_loader(index, "validation_step")
-        for start in range(0, len(mine), 8):
-            few = list(mine[start : start + 8])
-            metrics.batch, batches = x[few], batches + 1
-            right = (label[few] == 1).float()
-            metrics.log("accuracy", right.mean())
-            metrics.log("right", right.sum(), reduce_fx="sum")
-            metrics.log("right_as_number", int(right.sum()), reduce_fx="sum", prog_bar=True)
-            metrics.log("share", float(right.mean()))
-            metrics.log("loss", (x[few] ** 2).mean(), on_step=True, on_epoch=True)
-            metrics.log("least", x[few].min(), reduce_fx="min")
-            metrics.log("most", x[few].double().max(), reduce_fx="max", sync_dist=True)
-            metrics.log("hidden", x[few].max(), logger=False)
-            if not objects:
-                continue
-            module.accuracy.update(torch.nn.functional.one_hot(label[few], 3).float(), torch.ones_like(label[few]))
-            metrics.log("objects/accuracy", module.accuracy)
-            module.auroc.update(torch.sigmoid(x[few]), (x[few] > 0.3).long() if len(few) < 2 else label[few] % 2)
-            metrics.log("objects/auroc", module.auroc)
-            module.r2.update(x[few], x[few] * 1.1 + 0.1)
-            metrics.log("objects/r2", module.r2)
-            module.pearson.update(x[few], x[few] ** 3)
-            metrics.log("objects/pearson", module.pearson)
-            module.twice.update(x[few])
-            metrics.log("objects/twice", module.twice)
-            module.cat.update(x[few])
-            metrics.log("objects/cat", module.cat)
-            module.spread.update(x[few])
-            metrics.log("objects/spread", module.spread)
-            module.collection.update(torch.nn.functional.one_hot(label[few], 3).float(), (label[few] + 1) % 3)
-            for name, metric in module.collection.items(keep_base=False, copy_state=False):
-                metrics.log(name, metric)
-        metrics.end_loader(index, batches)
-        if objects:
-            for part in module.modules():
-                if hasattr(part, "reset"):
-                    part.reset()
-    metrics.end_loaders()
-    metrics.hook = "on_validation_epoch_end"
-    metrics.log("after", RANK + 1.0, reduce_fx="sum")
-    metrics.log("own", float(RANK), rank_zero_only=True)
-    results, together = metrics.end_evaluation()
-    seen = {name: float(value) for name, value in metrics.callback_metrics.items()}
-    return [{n: v.hex() for n, v in result.items()} for result in results], seen, sorted(metrics.progress_bar_metrics)
+def log(metrics, x, label):
+    module = metrics.module
+    metrics.log("mean", x.mean())
+    module.auroc.update(torch.sigmoid(x), label % 2)
+    metrics.log("auroc", module.auroc)
+    module.error.update(x, x * 1.1 + 0.1)
+    metrics.log("error", module.error)
+    module.pearson.update(x, x**3)
+    metrics.log("pearson", module.pearson)
+    module.twice.update(x)
+    metrics.log("twice", module.twice)
+    module.largest.update(x)
+    metrics.log("largest", module.largest)
+    module.two.update(x)
+    metrics.log("two", module.two)
+    module.own.update(len(x))
+    metrics.log("samples of a process", module.own)
+    module.collection.update(torch.nn.functional.one_hot(label, 3).float(), (label + 1) % 3)
+    for name, metric in module.collection.items(keep_base=False, copy_state=False):
+        metrics.log(name, metric)
+"""
+    + EVALUATED
+    + JOIN
+    + """
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torchmetrics on one or two samples
+    found = {str(samples): evaluated(samples, 1, log, Parts()) for samples in (103, 8, 1)}
+module = Parts()
+found["again"] = [evaluated(103, 1, log, module)[1]["auroc"] for _ in range(2)]
+found["updates"], found["computed"] = module.auroc.update_count, float(module.auroc.compute())
+tell(**found)
+"""
+)
+
+NUMBERS = """
+def log(metrics, x, label):
+    right = (label == 1).float()
+    metrics.log("accuracy", right.mean())
+    metrics.log("right", right.sum(), reduce_fx="sum")
+    metrics.log("right_as_number", int(right.sum()), reduce_fx="sum", prog_bar=True)
+    metrics.log("share", int(right.sum()) / len(x))
+    metrics.log("loss", (x**2).mean(), on_step=True, on_epoch=True)
+    metrics.log("least", x.min(), reduce_fx="min")
+    metrics.log("most", x.double().max(), reduce_fx="max", sync_dist=True)
+    metrics.log("hidden", x.max(), logger=False)
 """
 
 CHECKS = (
     PREAMBLE
+    + NUMBERS
     + EVALUATED
+    + JOIN
     + """
-if WORLD > 1:
-    strategy = ParallelStrategy(world=World(WORLD, RANK, WORLD, RANK, launcher="torchrun"))
-    strategy.setup_environment()
-else:
-    strategy = Strategy()
 found = {"results": {}}
 for samples in (103, 3):
     for loaders in (1, 2):
-        found["results"][f"{samples} {loaders}"] = evaluated(samples, loaders, objects=loaders == 1 and samples > 3)
-    found["results"][f"{samples} objects"] = evaluated(samples)
+        found["results"][f"{samples} {loaders}"] = evaluated(samples, loaders, log)
 
 
 def error_of(function):
@@ -223,32 +245,48 @@ if WORLD == 2 and not mine:
 )
 
 
-def told(result: Result) -> Any:
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if line.startswith("told ")]
-    return json.loads(lines[-1].removeprefix("told "))
+def told(stdout: str) -> Any:
+    return json.loads(next(line for line in stdout.splitlines() if line.startswith("told ")).removeprefix("told "))
+
+
+def told_by(results: list[Result]) -> list[Any]:
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    return [told(result.stdout) for result in results]
+
+
+def told_alone(source: str) -> Any:
+    """Run a program in this process, as the one process there is."""
+    with contextlib.redirect_stdout(io.StringIO()) as said, warnings.catch_warnings():
+        exec(source, {})
+    return told(said.getvalue())
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Result]]:
-    """What 1, 2, 3 and 4 processes said."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("processes"))
-        return {processes: run(processes, CHECKS, timeout=110) for processes in (1, 2, 3, 4)}
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Result]]:
+    """What so many processes said, which are run once."""
+
+    @functools.cache
+    def of(processes: int) -> list[Result]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path_factory.mktemp("processes"))
+            return run(processes, CHECKS, timeout=110)
+
+    return of
 
 
 @pytest.fixture(scope="module")
-def found(results: dict[int, list[Result]]) -> dict[int, list[dict[str, Any]]]:
-    return {processes: [told(result) for result in each] for processes, each in results.items()}
+def found(results: Callable[[int], list[Result]]) -> Callable[[int], list[dict[str, Any]]]:
+    return lambda processes: told_by(results(processes)) if processes > 1 else [told_alone(CHECKS)]
 
 
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_a_validation_is_the_same_number_on_any_number_of_processes(
-    processes: int, found: dict[int, list[dict[str, Any]]]
+    processes: int, found: Callable[[int], list[dict[str, Any]]]
 ) -> None:
     exact = ("accuracy", "right", "right_as_number", "share", "least", "most", "hidden", "before")
-    (alone,) = found[1]
-    for here in found[processes]:
+    (alone,) = found(1)
+    for here in found(processes):
         for case, (each_loader, seen, on_bar) in here["results"].items():
             expected, expected_seen, expected_on_bar = alone["results"][case]
             assert on_bar == expected_on_bar, case
@@ -264,18 +302,46 @@ def test_a_validation_is_the_same_number_on_any_number_of_processes(
                 assert float.fromhex(loader["after"]) == processes * (processes + 1) / 2
 
 
-def test_what_rank_zero_logs_alone_is_its_own(found: dict[int, list[dict[str, Any]]]) -> None:
-    owns = [here["results"]["103 1"][1]["own"] for here in found[4]]
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What one process and each of two say of metric objects."""
+    pytest.importorskip("torchmetrics")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("objects"))
+        return [told_alone(OBJECTS), *told_by(run(2, OBJECTS))]
+
+
+@pytest.mark.parametrize("samples", ["103", "8", "1"])
+def test_metric_objects_compute_what_all_processes_updated_them_with(samples: str, objects: list[Any]) -> None:
+    alone, *both = [of_one[samples][1] for of_one in objects]
+    assert both[0]["samples of a process"] == (int(samples) + 1) // 2  # it was told not to look at the others
+    for here in both:
+        assert list(here) == list(alone)
+        here, expected = ({n: v for n, v in o.items() if n not in ("after", "own")} for o in (here, alone))
+        expected["samples of a process"] = here["samples of a process"]
+        assert here == pytest.approx(expected, abs=1e-5, nan_ok=True)
+
+
+def test_a_metric_object_goes_on_with_its_own_updates(objects: list[Any]) -> None:
+    alone, *both = objects
+    for here in both:
+        assert here["again"] == pytest.approx(alone["again"], abs=1e-6)
+        assert here["updates"] < alone["updates"]
+        assert here["computed"] == here["again"][1]  # kept: nobody is asked again
+
+
+def test_what_rank_zero_logs_alone_is_its_own(found: Callable[[int], list[dict[str, Any]]]) -> None:
+    owns = [here["results"]["103 1"][1]["own"] for here in found(4)]
     assert owns == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_that_log_different_things_all_fail_and_say_who_logged_what(
-    processes: int, found: dict[int, list[dict[str, Any]]]
+    processes: int, found: Callable[[int], list[dict[str, Any]]]
 ) -> None:
     first = "rank 0" if processes == 2 else "ranks 0, 1, 2"
     last = f"rank {processes - 1}"
-    for here in found[processes]:
+    for here in found(processes):
         errors = here["errors"]
         assert f"{first} logged ['a', 'b'], {last} logged ['a', 'c'] (only some logged ['b', 'c'])" in errors["keys"]
         assert f"{first} logged ['a', 'b'], {last} logged ['a'] (only some logged ['b'])" in errors["one less"]
@@ -291,11 +357,11 @@ def test_processes_that_log_different_things_all_fail_and_say_who_logged_what(
 
 
 def test_values_by_step_are_of_all_processes_from_a_log_point_to_the_next(
-    found: dict[int, list[dict[str, Any]]],
+    found: Callable[[int], list[dict[str, Any]]],
 ) -> None:
-    for processes in (2, 3, 4):
+    for processes in (2, 4):
         sizes = range(1, processes + 1)
-        for rank, here in enumerate(found[processes]):
+        for rank, here in enumerate(found(processes)):
             means = [values["mean"] for values in here["shown"]]
             weighted = [
                 sum(size * (x * 10 + size - 1) for size in sizes) / sum(sizes)  # batches of 1, 2, ... samples
@@ -309,16 +375,16 @@ def test_values_by_step_are_of_all_processes_from_a_log_point_to_the_next(
 
 
 def test_no_process_tells_another_anything_but_at_log_points_and_ends(
-    found: dict[int, list[dict[str, Any]]],
+    found: Callable[[int], list[dict[str, Any]]],
 ) -> None:
-    for here in found[4]:
+    for here in found(4):
         point = ["reduce"] * 3  # keys, sums, extremes
         assert here["calls"] == [*point, "point", *point, "point", "reduce", "reduce"]
-    assert found[1][0]["calls"] == ["point", "point"]
+    assert found(1)[0]["calls"] == ["point", "point"]
 
 
-def test_a_process_that_never_comes_is_an_error_that_says_so(results: dict[int, list[Result]]) -> None:
-    said = next(line for line in results[2][0].stdout.splitlines() if line.startswith("waited"))
+def test_a_process_that_never_comes_is_an_error_that_says_so(results: Callable[[int], list[Result]]) -> None:
+    said = next(line for line in results(2)[0].stdout.splitlines() if line.startswith("waited"))
     assert "process 0 of 2 waited at the end of the validation's loader 0 for the others" in said
 
 
@@ -335,6 +401,12 @@ def test_a_difference_names_few_sides_however_many_processes_there_are() -> None
 DECISIONS = (
     PREAMBLE
     + """
+from torch.utils.data import DataLoader
+from trainkit import Module, Trainer
+from trainkit.callbacks import EarlyStopping, ModelCheckpoint
+from trainkit.loggers import Logger
+
+
 class Records(Logger):
     def __init__(self):
         self.rows = []
@@ -384,7 +456,7 @@ tell(
 
 def test_processes_decide_alike_whatever_each_of_them_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = [told(result) for result in run(2, DECISIONS)]
+    first, second = told_by(run(2, DECISIONS))
     rows = first.pop("rows")
     second.pop("rows")
     assert first == second

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainkit.metrics import Metrics
-from trainkit.metrics.reduction import Share, packed, result, unpacked
+from trainkit.metrics.reduction import Share, packed, result, unpacked, without_rounding
 
 CPU = torch.device("cpu")
 REDUCTIONS = ("mean", "sum", "min", "max")
@@ -26,7 +26,7 @@ def reduced(of_each_process: list[list[Share]]) -> list[float]:
     added = torch.stack([adding for adding, _ in sent]).sum(0).tolist()
     maxima = torch.stack([extremes for _, extremes in sent]).amax(0).tolist()
     kinds = [share.reduce for share in of_each_process[0]]
-    return [result(kind, *found) for kind, found in zip(kinds, unpacked(kinds, added, maxima), strict=True)]
+    return [result(kind, *found, None) for kind, found in zip(kinds, unpacked(kinds, added, maxima), strict=True)]
 
 
 def logged(values: list[Any], weights: list[int]) -> list[Share]:
@@ -79,3 +79,31 @@ def test_tensors_and_numbers_travel_together_in_one_dtype() -> None:
     adding, extremes = packed(shares, torch.float64, CPU)
     assert adding.dtype == extremes.dtype == torch.float64
     assert reduced([shares, [Share("mean", 0.0, 1), Share("max", None, 0), Share("min", -1.0, 1)]]) == [2.0, 3.0, -1.0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 64), st.integers(1, 64)), min_size=1, max_size=200), st.booleans())
+def test_the_accuracy_of_an_epoch_is_that_of_its_counts_to_the_last_bit(
+    batches: list[tuple[int, int]], as_tensors: bool
+) -> None:
+    sizes = [size for _, size in batches]
+    right = [min(count, size) for count, size in batches]
+    metrics = Metrics()
+    metrics.begin("validation")
+    metrics.begin_loader(0, "validation_step")
+    for count, size in zip(right, sizes, strict=True):
+        accuracy = (torch.arange(size) < count).float().mean() if as_tensors else count / size
+        metrics.log("accuracy", accuracy, batch_size=size)
+    metrics.end_loader(0, len(batches))
+    expected = sum(right) / sum(sizes)
+    assert metrics.end_evaluation()[0][0]["accuracy"] == (
+        torch.tensor(expected, dtype=torch.float64).float().item() if as_tensors else expected
+    )
+
+
+@given(st.floats(-1e9, 1e9), st.sampled_from([torch.float32, torch.float64, None]))
+def test_what_is_no_count_stays_within_its_rounding(total: float, dtype: torch.dtype | None) -> None:
+    found = without_rounding(total, dtype)
+    assert abs(found - total) <= abs(total) * (2**-23 if dtype is torch.float32 else 2**-45)
+    assert float(without_rounding(torch.tensor(total, dtype=torch.float64), dtype)) == found
+    assert math.isnan(without_rounding(math.nan, dtype))
+    assert without_rounding(math.inf, dtype) == math.inf

@@ -253,8 +253,8 @@ def difference(everyone: Sequence[tuple[str, list[Entry], bool]]) -> str:
     alike = all(listed == names[0] for listed in names)
     told = [[_in_full(entry) for entry in entries] for _, entries, _ in everyone] if alike else names
     of_batches = {str(entry) for _, entries, _ in everyone for entry in entries if entry.hook in BATCH_HOOKS}
-    sets = [
-        set(listed) | (of_batches if lacks else set()) for listed, (_, _, lacks) in zip(names, everyone, strict=True)
+    sets: list[set[str]] = [
+        {*listed, *(of_batches if lacks else ())} for listed, (_, _, lacks) in zip(names, everyone, strict=True)
     ]
     some = set.union(*sets) - set.intersection(*sets)
     what = f"only some logged {sorted(some)}" if some else "with other options" if alike else "in another order"

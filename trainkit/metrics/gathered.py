@@ -77,7 +77,7 @@ def _reduced(part: Any, key: str, values: list[Any]) -> Any:
         return items if reduction is None or _concatenates(reduction) or not items else reduction(items)
     tensors = [value.to(device) for value in values]
     if reduction is not None and _concatenates(reduction):
-        return torch.cat([torch.atleast_1d(tensor) for tensor in tensors])
+        return torch.cat([tensor.reshape(1) if not tensor.ndim else tensor for tensor in tensors])
     return reduction(torch.stack(tensors)) if reduction is not None else torch.stack(tensors)
 
 

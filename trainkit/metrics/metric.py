@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainkit.errors import MisconfigurationException
 from trainkit.metrics.options import Options
+from trainkit.metrics.reduction import without_rounding
 
 Kind = Literal["step", "epoch"]
 
@@ -127,10 +128,16 @@ class Metric:
             return None
         if self.reduce == "mean":
             no_weight = not isinstance(self.weight, Tensor) and self.weight == 0
-            value = math.nan if no_weight else value / self.weight
+            value = math.nan if no_weight else without_rounding(value, self.kind_of_value()) / self.weight
         if isinstance(value, Tensor):
-            value = value.to(self.last.dtype if isinstance(self.last, Tensor) else value.dtype, copy=True)
+            value = value.to(self.kind_of_value(), copy=True)
         return value
+
+    def kind_of_value(self) -> torch.dtype | None:
+        """Return the dtype of what is logged, None for numbers."""
+        if isinstance(self.last, Tensor):
+            return self.last.dtype
+        return self.total.dtype if isinstance(self.total, Tensor) else None
 
     def value(self, kind: Kind) -> Any:
         """Return the last value ("step") or the epoch's reduction so far; None where that is not logged."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 EXTREMES = ("min", "max")
+ROUNDED: dict[torch.dtype | None, float] = {torch.float32: 2.0**-23}
+"""By which part of it a mean may be rounded: a division, or a product with a rounded inverse."""
 
 
 class Share(NamedTuple):
@@ -53,11 +55,26 @@ def unpacked(reduces: Sequence[str], added: Sequence[float], maxima: Sequence[fl
     return found
 
 
-def result(reduce: str, total: float, weight: float) -> float:
-    """Return what a total and its weight come to."""
+def result(reduce: str, total: float, weight: float, dtype: torch.dtype | None) -> float:
+    """Return what a total and its weight come to, of values that were logged in this dtype, None for numbers."""
     if reduce != "mean":
         return total
-    return total / weight if weight else math.nan
+    return without_rounding(total, dtype) / weight if weight else math.nan
+
+
+def without_rounding(total: Any, dtype: torch.dtype | None) -> Any:
+    """Return a sum of means times their weights as the whole number that it is but for the rounding of the means.
+
+    An accuracy of a batch, times its size, is a count. In float32 it is a little off, and by how much depends on how
+    the samples are dealt out to batches and processes: the epoch's accuracy would differ in its last bit. What is so
+    close to a whole number changes by less than the means themselves were rounded by.
+    """
+    close = ROUNDED.get(dtype, 2.0**-45)
+    if not isinstance(total, Tensor):
+        near = float(round(total)) if math.isfinite(total) else total
+        return near if abs(total - near) <= abs(total) * close else total
+    near_one = total.round()
+    return torch.where((total - near_one).abs() <= total.abs() * close, near_one, total)
 
 
 def _sent(share: Share, nothing: float) -> Any:

@@ -68,19 +68,15 @@ class SharedMetric(Metric):
 
     def take_epoch(self, total: float, weight: float) -> None:
         """Take what the epoch came to on all processes."""
-        self.epoch_of_all = self._like_own(result(self.reduce, total, weight))
+        self.epoch_of_all = self._like_own(result(self.reduce, total, weight, self.kind_of_value()))
 
     def take_step(self, total: float, weight: float) -> None:
         """Take what the last values came to on all processes."""
-        self.step_of_all = self._like_own(result(self.reduce, total, weight))
+        self.step_of_all = self._like_own(result(self.reduce, total, weight, self.kind_of_value()))
 
     def kind_of_value(self) -> torch.dtype | None:
         """Return the dtype of what is logged, None for numbers."""
-        if isinstance(self.last, Tensor):
-            return self.last.dtype
-        if isinstance(self.total, Tensor):
-            return self.total.dtype
-        return self.dtype
+        return super().kind_of_value() or self.dtype
 
     def _like_own(self, value: float) -> Any:
         dtype = self.kind_of_value()

@@ -256,7 +256,7 @@ def difference(everyone: Sequence[tuple[str, list[Entry], bool]]) -> str:
     sets: list[set[str]] = [
         {*listed, *(of_batches if lacks else ())} for listed, (_, _, lacks) in zip(names, everyone, strict=True)
     ]
-    some = set.union(*sets) - set.intersection(*sets)
+    some = {name for name in set().union(*sets) if not all(name in listed for listed in sets)}
     what = f"only some logged {sorted(some)}" if some else "with other options" if alike else "in another order"
     return (
         f"the processes logged different things until {everyone[0][0]}: "

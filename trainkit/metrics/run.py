@@ -159,6 +159,8 @@ class Metrics:
         hook, table, asked = self.hook, self.table, Given(*options)
         check_value(name, value)
         check_hook(name, hook)
+        if self.exchange is None:
+            asked = asked._replace(sync_dist=False)  # one process has no other to differ from
         resolved = resolve(name, hook, asked)
         if metric is not None and metric.options is not None:
             if metric.loader != loader:

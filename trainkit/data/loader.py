@@ -306,8 +306,9 @@ class Loader(Batches):
             self.iterable = self._adapt(source, keep, mustered, pinned)
         elif isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
             self._by_index = ByIndex(source.dataset, name)
-        of_all = self.indexed is not None and self.sliced
-        self.claimed = self.indexed.counts()[0] if of_all else length_of(self.iterable)  # type: ignore[union-attr]
+        self.claimed = length_of(self.iterable)
+        if self.indexed is not None and self.sliced:
+            self.claimed, _ = self.indexed.counts()
         self.looks_ahead = 1 if self.remembered is not None or self.begun is not None else 2
         self.limit_to = partial(limited, limit=limit, name=name, argument=argument, may_be_empty=may_be_empty)
         self.num_batches = self.limit_to(self.claimed)

@@ -382,8 +382,8 @@ class Sources:
         for part, saved in changed:
             size, parts_now = part.indexed.slices.size, part.indexed.slices.parts  # type: ignore[union-attr]
             rank_zero_info(
-                f"{part.name}: {parts_now} processes go on where {saved['parts']} were, at sample {saved['samples']} of "
-                f"epoch {progress.epoch}. A batch of all of them has {size} samples, {size / parts_now:g} for each; "
+                f"{part.name}: {parts_now} processes go on where {saved['parts']} were, at sample {saved['samples']} "
+                f"of epoch {progress.epoch}. A batch of all of them has {size} samples, {size / parts_now:g} for each; "
                 f"it had {saved['size']}."
             )
 

@@ -99,6 +99,7 @@ def test_the_parts_of_a_batch_are_the_batch_of_one_process(
     for k, (batch, each) in enumerate(zip(expected, seen, strict=True)):
         shares = [loader.share(epoch, k) for loader in loaders]
         assert sum(shares) == pytest.approx(parts)
+        assert {loader.lacking(epoch, k) for loader in loaders} == {any(batch is EMPTY for batch in each)}
         means = [batch[0].float().mean() if batch is not EMPTY else torch.tensor(0.0) for batch in each]
         mean = sum(float(one) * share for one, share in zip(means, shares, strict=True)) / parts
         assert mean == pytest.approx(float(batch[0].float().mean()))
@@ -282,6 +283,7 @@ def test_several_loaders_give_as_many_batches_on_each_part_and_a_step_can_work_w
         for k, (each, batch) in enumerate(zip(seen, expected, strict=True)):
             assert sum(one.share(0, k) for one in combined) == pytest.approx(parts)
             assert [str(one.batch_at(0, k)) for one in combined] == list(map(str, each))
+            assert {one.lacking(0, k) for one in combined} == {any(part is EMPTY for part in each)}
             for index, of_one in enumerate(batch):
                 found = [part[index] for part in each if part is not EMPTY]
                 if of_one is None:

@@ -203,6 +203,11 @@ class Combination(Batches):
         there = [(one, place) for one, place in zip(self.loaders, self.places(batch_idx), strict=True) if place]
         return all(loader.empty(epoch, *place) for loader, place in there)
 
+    def lacking(self, epoch: int, batch_idx: int) -> bool:
+        """Whether some process has no sample of a batch, of no loader."""
+        there = [(one, place) for one, place in zip(self.loaders, self.places(batch_idx), strict=True) if place]
+        return self.sliced and all(loader.lacking(epoch, *place) for loader, place in there)
+
     def share(self, epoch: int, batch_idx: int) -> float:
         """Return the mean of the loaders' shares of a batch, which is exact where all of them have as many samples."""
         if not self.sliced:

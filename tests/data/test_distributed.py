@@ -1,4 +1,4 @@
-"""Each process's part of the data."""
+"""Samplers that deal samples out, and what one of two processes sees of a run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     WeightedRandomSampler,
 )
@@ -21,8 +21,7 @@ from trainkit.data.distributed import (
     DistributedSamplerWrapper,
     UnrepeatedDistributedSampler,
     UnrepeatedDistributedSamplerWrapper,
-    dealt,
-    needs_dealing,
+    deals_itself,
 )
 from trainkit.data.loader import Loader
 from trainkit.errors import MisconfigurationException
@@ -33,23 +32,9 @@ def numbers(size: int = 10, **settings: Any) -> DataLoader[Any]:
     return DataLoader(range(size), **settings)  # type: ignore[arg-type]
 
 
-def parts(loader: DataLoader[Any], processes: int = 3, repeat: bool = True) -> list[list[int]]:
-    return [
-        [number for batch in dealt(loader, 1, repeat, num_replicas=processes, rank=rank) for number in batch.tolist()]
-        for rank in range(processes)
-    ]
-
-
-def test_all_parts_together_are_the_data_and_equally_long() -> None:
-    for shuffle in (False, True):
-        given = parts(numbers(shuffle=shuffle))
-        assert [len(part) for part in given] == [4, 4, 4]
-        assert {number for part in given for number in part} == set(range(10))
-    assert parts(numbers())[1] == [1, 4, 7, 0]
-
-
-def test_predictions_are_of_every_sample_once() -> None:
-    assert parts(numbers(), repeat=False) == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
+def test_the_samplers_under_lightnings_names_deal_every_sample_out_once() -> None:
+    parts = [list(UnrepeatedDistributedSampler(range(10), num_replicas=3, rank=r, shuffle=False)) for r in range(3)]
+    assert parts == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]]
     shuffled = UnrepeatedDistributedSampler(range(10), num_replicas=2, rank=0, shuffle=True, seed=1)
     shuffled.set_epoch(1)
     first = list(shuffled)
@@ -60,42 +45,30 @@ def test_predictions_are_of_every_sample_once() -> None:
         UnrepeatedDistributedSampler(range(2), num_replicas=3, rank=2)
 
 
-def test_a_sampler_of_another_kind_is_dealt_out() -> None:
+def test_they_deal_out_what_another_sampler_gives() -> None:
     weighted = WeightedRandomSampler([0.0] * 5 + [1.0] * 5, 10)
-    for repeat, kind in ((True, DistributedSamplerWrapper), (False, UnrepeatedDistributedSamplerWrapper)):
-        part = dealt(numbers(sampler=weighted), 1, repeat, num_replicas=3, rank=0)
-        assert type(part.sampler) is kind
-        assert len(list(part)) == 4
+    for kind in (DistributedSamplerWrapper, UnrepeatedDistributedSamplerWrapper):
+        part = list(kind(weighted, num_replicas=3, rank=0))
+        assert len(part) == 4
         assert all(number >= 5 for number in part)
 
 
-def test_a_batch_sampler_of_another_kind_keeps_its_kind() -> None:
-    class Pairs(BatchSampler):
-        pass
+def test_what_deals_its_samples_out_by_itself() -> None:
+    class Mine(Sampler[int]):
+        num_replicas, rank = 2, 1
 
-    loader = numbers(8, batch_sampler=Pairs(SequentialSampler(range(8)), 2, False))
-    part = dealt(loader, 1, True, num_replicas=2, rank=1)
-    assert type(part.batch_sampler) is Pairs
-    assert [batch.tolist() for batch in part] == [[1, 3], [5, 7]]
-    assert len(list(loader)) == 4  # the user's own is as it was
-    with pytest.raises(TypeError, match=r"list has no attribute `sampler`.*use_distributed_sampler=False"):
-        dealt(numbers(batch_sampler=[[0, 1]]), 1, True, num_replicas=2, rank=1)
-
-
-def test_what_needs_no_dealing() -> None:
-    class Stream(IterableDataset[int]):
         def __iter__(self) -> Any:
-            return iter(range(3))
+            return iter([1, 3])
 
     own = DistributedSampler(range(10), num_replicas=2, rank=0)  # type: ignore[arg-type]
-    assert needs_dealing(numbers())
+    assert not deals_itself(numbers())
     for loader in (
         numbers(sampler=own),
         numbers(batch_sampler=BatchSampler(own, 2, False)),
-        DataLoader(Stream()),
-        [1, 2],
+        numbers(sampler=Mine()),
+        numbers(batch_sampler=Mine()),
     ):
-        assert not needs_dealing(loader)
+        assert deals_itself(loader)
 
 
 def test_a_part_starts_anywhere_without_reading_what_came_before() -> None:
@@ -145,16 +118,15 @@ def trainer_of(**settings: Any) -> Trainer:
 def test_training_is_on_this_process_part_and_shuffled_as_the_loader_was(shuffle: bool) -> None:
     module, trainer = Notes(), trainer_of()
     assert trainer.distributed_sampler_kwargs == {"num_replicas": 2, "rank": 1}
-    loader = numbers(9, shuffle=shuffle)
+    loader = numbers(8, shuffle=shuffle)
     trainer.fit(module, loader)
-    sampler = trainer.train_dataloader.sampler
-    assert (type(sampler), sampler.shuffle, sampler.rank) == (DistributedSampler, shuffle, 1)
-    assert trainer.num_training_batches == 5
+    assert trainer.num_training_batches == 4
     if not shuffle:
-        assert module.seen == [1, 3, 5, 7, 0] * 2
+        assert module.seen == [1, 3, 5, 7] * 2
     else:
-        assert module.seen[:5] != module.seen[5:]
+        assert module.seen[:4] != module.seen[4:]
     assert type(loader.sampler) is (RandomSampler if shuffle else SequentialSampler)
+    assert trainer.train_dataloader is loader
 
 
 def test_every_loader_of_several_is_dealt_out() -> None:
@@ -167,18 +139,19 @@ def test_every_loader_of_several_is_dealt_out() -> None:
     assert module.seen == [1, 1, 3, 1]
 
 
-def test_overfitting_takes_the_first_of_this_process() -> None:
+def test_overfitting_takes_the_first_batches_of_all_processes() -> None:
     module = Notes()
     with pytest.warns(UserWarning, match="shuffling of train_dataloader is turned off"):
         trainer_of(overfit_batches=2).fit(module, numbers(9, shuffle=True))
     assert module.seen == [1, 3] * 2
 
 
-def test_evaluations_say_that_samples_are_repeated_and_predictions_repeat_none() -> None:
+def test_evaluations_and_predictions_repeat_no_sample_and_say_nothing() -> None:
     module = Notes()
-    with pytest.warns(UserWarning, match="deals the samples of val_dataloader out to 2 processes"):
-        trainer_of().validate(module, numbers(5), verbose=False)
-    assert module.seen == [1, 3, 0]
+    trainer = trainer_of()
+    trainer.validate(module, numbers(5), verbose=False)
+    assert module.seen == [1, 3]
+    assert trainer.num_val_batches == [3]  # those of all
     assert trainer_of().predict(module, numbers(5)) == [[1], [3]]
 
 

@@ -88,7 +88,7 @@ def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     return checkpoint
 
 
-OF_A_RANK = ("random", "metrics")
+OF_A_RANK = ("random", "metrics", "loader")
 """What each process has for itself; of everything else all have the same."""
 
 

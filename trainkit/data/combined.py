@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
-from trainkit.data.loader import Batches, Loader
+from trainkit.data.loader import EMPTY, Batches, Loader
 from trainkit.data.samplers import length_of
 from trainkit.errors import CheckpointError
 from trainkit.tree import children, leaves, with_leaves
@@ -173,14 +173,48 @@ class Combination(Batches):
         super().__init__(name)
         self.loaders, self.structure, self.mode = loaders, structure, mode
         self.read_once = any(loader.read_once for loader in loaders)
-        self.claimed = overall(mode, [loader.claimed for loader in loaders])
-        self.num_batches = overall(mode, [loader.num_batches for loader in loaders])
+        self.count()
+        self.looks_ahead = min(loader.looks_ahead for loader in loaders)
+        self.sliced = any(loader.sliced for loader in loaders)
+        """Whether this process takes its part of batches that all processes share, of some loader."""
+        self.even = True
+        """Whether it gives as many batches as in other processes, `EMPTY` where it has no sample."""
         self._laps = [(0, 0)] * len(loaders)  # which lap each is in, and the batch of the epoch that began it
+
+    def count(self) -> None:
+        """Work out how many batches there are."""
+        self.claimed = overall(self.mode, [loader.claimed for loader in self.loaders])
+        self.num_batches = overall(self.mode, [loader.num_batches for loader in self.loaders])
 
     @property
     def parts(self) -> list[Loader]:
         """The loaders."""
         return self.loaders
+
+    def taken(self, epoch: int) -> int | float:
+        """Return at which batch this process's epoch ends."""
+        taken = self.num_batches
+        if not self.even and self.sliced:
+            while 0 < taken < math.inf and self._has_nothing(epoch, int(taken) - 1):
+                taken -= 1
+        return taken
+
+    def _has_nothing(self, epoch: int, batch_idx: int) -> bool:
+        there = [(one, place) for one, place in zip(self.loaders, self.places(batch_idx), strict=True) if place]
+        return all(loader.empty(epoch, *place) for loader, place in there)
+
+    def lacking(self, epoch: int, batch_idx: int) -> bool:
+        """Whether some process has no sample of a batch, of no loader."""
+        there = [(one, place) for one, place in zip(self.loaders, self.places(batch_idx), strict=True) if place]
+        return self.sliced and all(loader.lacking(epoch, *place) for loader, place in there)
+
+    def share(self, epoch: int, batch_idx: int) -> float:
+        """Return the mean of the loaders' shares of a batch, which is exact where all of them have as many samples."""
+        if not self.sliced:
+            return 1.0
+        places = zip(self.loaders, self.places(batch_idx), strict=True)
+        shares = [loader.share(epoch, *place) for loader, place in places if place]
+        return sum(shares) / len(shares) if shares else 1.0
 
     @property
     def promised(self) -> float:
@@ -203,7 +237,30 @@ class Combination(Batches):
         laps = list(zip(self.loaders, self._laps, strict=True))
         opened = [loader.open(epoch, start - begun, lap) for loader, (lap, begun) in laps]
         rounds = combine(self.mode, opened, again, start, {index for index, (_, (lap, _)) in enumerate(laps) if lap})
-        return map(partial(refilled, self.structure), rounds)
+        if self.sliced:
+            rounds = map(partial(self._without_gaps, epoch), itertools.count(start), rounds)
+        return map(self._together, rounds)
+
+    def _together(self, batches: Any) -> Any:
+        return EMPTY if batches is EMPTY else refilled(self.structure, batches)
+
+    def _without_gaps(self, epoch: int, batch_idx: int, batches: list[Any]) -> Any:
+        """Return a round that a step can work with: beside samples of other loaders there is one in each place.
+
+        Where this process has no sample of one loader's last batch it gets one of another process, or None with
+        "max_size", where loaders that are over give that.
+        """
+        if not any(batch is EMPTY for batch in batches):
+            return batches
+        places = self.places(batch_idx)
+        if all(batch is EMPTY for batch, place in zip(batches, places, strict=True) if place):
+            return EMPTY
+        return [
+            batch if batch is not EMPTY or place is None
+            else None if self.mode == "max_size"
+            else loader.stand_in(epoch, *place)
+            for loader, batch, place in zip(self.loaders, batches, places, strict=True)
+        ]  # fmt: skip
 
     def samples_of(self, epoch: int, batch_idx: int) -> list[Any] | None:
         """Return the indices of the samples in a batch, a list for each loader; None for one that is over."""
@@ -220,7 +277,7 @@ class Combination(Batches):
             None if place is None else loader.batch_at(epoch, *place)
             for loader, place in zip(self.loaders, self.places(batch_idx), strict=True)
         ]
-        return refilled(self.structure, batches)
+        return self._together(self._without_gaps(epoch, batch_idx, batches))
 
     def places(self, batch_idx: int) -> list[tuple[int, int] | None]:
         """Return which batch of its data each loader gives to a batch, and in which lap; None for one that is over."""

@@ -1,20 +1,15 @@
-"""Deal one data set's samples out to several processes, each its part."""
+"""Samplers that deal one data set's samples out to several processes, for those who put one into a DataLoader.
+
+A run needs none of them: there each process works its part out of the one order of all (`slices`).
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import DataLoader, DistributedSampler
 
 from trainkit.errors import MisconfigurationException
 
@@ -82,50 +77,11 @@ class UnrepeatedDistributedSamplerWrapper(UnrepeatedDistributedSampler):
         return (samples[index] for index in super().__iter__())
 
 
-def needs_dealing(loader: Any) -> bool:
-    """Whether every process would read all the samples: a DataLoader over data with indices, not dealt out yet."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return False
-    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
-    return not any(isinstance(sampler, DistributedSampler) for sampler in samplers)
-
-
-def dealt(loader: DataLoader[Any], seed: int, repeat: bool, **which: int) -> DataLoader[Any]:
-    """Return a copy of a DataLoader that gives one process's part of the samples.
-
-    Args:
-        loader: shuffled or in order, which the parts are, too.
-        seed: what a shuffled order is drawn from, the same in every process.
-        repeat: give each process as many samples, some of them twice; False for predictions.
-        which: `num_replicas` and `rank`.
-
-    Raises:
-        TypeError: it has a batch sampler that does not say where its samples come from.
-    """
+def deals_itself(loader: DataLoader[Any]) -> bool:
+    """Whether a sampler of the user's gives each process its part already."""
     batches = loader.batch_sampler
-    inner = loader.sampler if batches is None else getattr(batches, "sampler", None)
-    if inner is None:
-        raise TypeError(
-            f"{type(batches).__name__} has no attribute `sampler`, so its samples can't be dealt out to "
-            f"{which['num_replicas']} processes. Let it deal them out itself, and set use_distributed_sampler=False."
-        )
-    plain = type(inner) is SequentialSampler or (type(inner) is RandomSampler and not inner.replacement)
-    shuffle = plain and type(inner) is RandomSampler
-    kinds = (DistributedSampler, DistributedSamplerWrapper) if repeat else (
-        UnrepeatedDistributedSampler, UnrepeatedDistributedSamplerWrapper
-    )  # fmt: skip
-    source: Any = loader.dataset if plain else inner
-    kind: Any = kinds[not plain]
-    sampler = kind(source, shuffle=shuffle, seed=seed, **which)
-    copied = copy.copy(loader)
-    attributes = vars(copied)  # DataLoader refuses assignment to most of these after its construction
-    attributes["_iterator"] = None
-    if batches is None:
-        attributes["sampler"] = sampler
-    elif type(batches) is BatchSampler:
-        attributes["sampler"] = sampler
-        attributes["batch_sampler"] = BatchSampler(sampler, batches.batch_size, batches.drop_last)
-    else:
-        attributes["batch_sampler"] = copy.copy(batches)
-        attributes["batch_sampler"].sampler = sampler
-    return copied
+    samplers = (loader.sampler, batches, getattr(batches, "sampler", None))
+    return any(
+        isinstance(sampler, DistributedSampler) or (hasattr(sampler, "num_replicas") and hasattr(sampler, "rank"))
+        for sampler in samplers
+    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -28,12 +29,13 @@ from torch.utils.data import (
 )
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from trainkit.data.distributed import UnrepeatedDistributedSampler
+from trainkit.data.distributed import UnrepeatedDistributedSampler, deals_itself
 from trainkit.data.failure import Failure
 from trainkit.data.fetch import Collate, Fetch
 from trainkit.data.order import DealtOrder, EpochOrder, Placed, PlacedBatches, PlacedSamples, SamplerOrder
 from trainkit.data.samplers import draws_nothing, length_of, sampler_of, set_epoch
 from trainkit.data.served import Served
+from trainkit.data.slices import Slices
 from trainkit.data.stacking import is_default
 from trainkit.data.stateful import has_state
 from trainkit.data.whole import Whole, gather_of
@@ -64,15 +66,32 @@ class Indexed:
         crew: its worker processes, None without.
         keep: keep the workers from one epoch to the next, and let them start early, where nobody can tell.
         pinned: bring batches into pinned memory, for a CUDA device, where that is free and nobody can tell.
+        shard: which of several parts this process has, and how many there are.
+        deal: it takes its part of each batch. A sampler that deals its samples out by itself is left alone.
+        size: how many samples all parts take at once; None: what a batch of the DataLoader has, for each of them.
     """
 
     def __init__(
-        self, source: DataLoader[Any], name: str, seed: int, crew: Crew | None, keep: bool = False, pinned: bool = False
+        self,
+        source: DataLoader[Any],
+        name: str,
+        seed: int,
+        crew: Crew | None,
+        keep: bool = False,
+        pinned: bool = False,
+        shard: tuple[int, int] = (0, 1),
+        deal: bool = True,
+        size: int | None = None,
     ) -> None:
         self.source, self.name, self.crew = source, name, crew
         self.order = order_of(source, seed)
-        self.batch_size = 1
-        """How many steps of the order make a batch."""
+        part, parts = shard
+        if parts > 1 and (not deal or deals_itself(source)):
+            self.order.part, self.order.parts = shard
+            part, parts, size = 0, 1, None
+        self.slices = Slices(part, parts, size or batch_size_of(source) * parts)
+        """What of each batch this process takes."""
+        self._moved: tuple[int, Slices] | None = None  # an epoch that goes on with batches of another size
         self.standard = is_standard(source)
         """Whether batches come as torch's own iteration gives them."""
         self.asked: PlacedBatches
@@ -105,12 +124,11 @@ class Indexed:
             self.crew.serve(self.loader)
         ahead = 1 + source.num_workers * (source.prefetch_factor or 0)
         if batches is None:
-            self.asked = attributes["sampler"] = PlacedSamples(order, ahead)
+            self.asked = attributes["sampler"] = PlacedSamples(order, self.slices, ahead=ahead)
         elif type(batches) is BatchSampler:
-            self.batch_size = batches.batch_size
-            self.asked = PlacedBatches(order, batches.batch_size, batches.drop_last, ahead)
+            self.asked = PlacedBatches(order, self.slices, batches.drop_last, ahead)
         else:
-            self.asked = PlacedBatches(order, None, ahead=ahead)
+            self.asked = PlacedBatches(order, self.slices, ahead=ahead, whole_batches=True)
         if batches is not None:
             attributes["batch_sampler"] = self.asked
         if self.crew is not None or not self.standard:
@@ -122,14 +140,47 @@ class Indexed:
     @property
     def promised(self) -> float:
         """How many batches an epoch that begins now gives for sure; 0 where the sampler's word is not known to hold."""
-        return len(self.asked) if self.standard and (self.order.known or self.order.sized) else 0
+        return len(self.asked) if self.sure else 0
+
+    @property
+    def sure(self) -> bool:
+        """Whether it gives as many batches as it says."""
+        return self.standard and (self.order.known or self.order.sized)
+
+    def slices_in(self, epoch: int, lap: int = 0) -> Slices:
+        """Return what of each batch of an epoch this process takes."""
+        return self._moved[1] if self._moved is not None and self.moved(epoch) and lap == 0 else self.slices
+
+    def go_on(self, epoch: int, batch_idx: int, position: int) -> None:
+        """Let a batch of an epoch begin at a position where no batch of this size would."""
+        self._moved = epoch, replace(self.slices, first_batch=batch_idx, first=position)
+
+    def moved(self, epoch: int) -> bool:
+        """Whether an epoch goes on with batches of another size."""
+        return self._moved is not None and self._moved[0] == epoch
+
+    def take(self, slices: Slices) -> None:
+        """Give another part of each batch."""
+        self.slices, self._moved = slices, None
+
+    def counts(self, epoch: int | None = None, lap: int = 0) -> tuple[float, float]:
+        """Return how many batches an epoch has, any or this one, and in how many of them this process has a sample."""
+        total, slices = length_of(self.order), self.slices if epoch is None else self.slices_in(epoch, lap)
+        if total == math.inf:
+            return total, total
+        return slices.count(int(total), self.asked.drop_last), slices.own_count(int(total), self.asked.drop_last)
+
+    def stand(self, epoch: int, lap: int, start: int) -> None:
+        """Let the order stand at a batch of a lap of an epoch."""
+        self.asked.slices = slices = self.slices_in(epoch, lap)
+        self.order.epoch, self.order.lap, self.order.start = epoch, lap, slices.begin(start)
 
     def open(self, epoch: int, start: int, lap: int) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of a lap of an epoch."""
         order = self.order
         if not order.known:
             set_epoch(self.source, epoch)
-        order.epoch, order.lap, order.start = epoch, lap, start * self.batch_size
+        self.stand(epoch, lap, start)
         if self.crew is None and self.standard:
             return self._here(start)
         if self.crew is None:
@@ -145,7 +196,7 @@ class Indexed:
         asked: Any = self.loader.batch_sampler
         if asked is None:
             batches = map(self.fetch.here, iter(self.loader.sampler), itertools.repeat(True))
-        elif gather_of(self.source.dataset, self.source.collate_fn) is not None and self.asked.size is not None:
+        elif gather_of(self.source.dataset, self.source.collate_fn) is not None and not self.asked.whole_batches:
             whole = Whole(self.source.dataset, self.source.collate_fn, start, self._one_by_one, self.pinned)
             batches = map(whole, asked.whole())
         else:
@@ -154,8 +205,9 @@ class Indexed:
         return map(pin, batches) if pin is not None else batches
 
     def _one_by_one(self, indices: list[Any], batch_idx: int) -> Any:
-        order, first = self.order, batch_idx * self.batch_size
-        places = order.positions(first, first + len(indices))
+        order, slices = self.order, self.asked.slices
+        first = slices.begin(batch_idx)
+        places = order.positions(first, first + len(indices)) if slices.whole else self.asked.piece
         return self.fetch.here(Placed(indices, places, batch_idx, order.epoch, order.epoch_seed()))
 
     # ------------------------------------------------------------------ workers
@@ -170,7 +222,7 @@ class Indexed:
     def prepare(self, epoch: int, start: int) -> None:
         """Start the workers, and let them load from batch `start` of an epoch on, which is about to begin."""
         if self.order.known and math.isfinite(start):
-            self.order.epoch, self.order.lap, self.order.start = epoch, 0, start * self.batch_size
+            self.stand(epoch, 0, start)
             self._try_early(self._place())
 
     def _try_early(self, place: Any) -> None:
@@ -185,7 +237,7 @@ class Indexed:
 
     def _place(self) -> Any:
         order = self.order
-        return order.epoch, order.lap, order.start, order.seed, len(order)
+        return order.epoch, order.lap, order.start, order.seed, len(order), self.asked.slices
 
     def _begun(self) -> Iterator[Any]:
         """Begin an epoch with the workers there are, if they have the data as they are now; else with new ones."""
@@ -241,7 +293,7 @@ class Indexed:
             batch = crew.receive(batches, self.asked.asked, start)
             if type(batch) is Failure and index < start + early:  # what it needs may not have been there yet
                 self.dismiss()
-                early, start, self.order.start = 0, index, index * self.batch_size
+                early, start, self.order.start = 0, index, self.asked.slices.begin(index)
                 batches = self._begun()
                 batch = crew.receive(batches, self.asked.asked, start)
             if batch is batches:
@@ -251,22 +303,55 @@ class Indexed:
             yield batch
             del batch  # before the next one comes
 
-    def alone(self) -> Indexed:
-        """Return the same without workers, which gives the same batches, for one or two of them beside the run."""
-        return Indexed(alone(self.source, **PAGEABLE), self.name, self.order.seed, None)
+    def alone(self, part: int | None = None) -> Indexed:
+        """Return the same without workers, which gives the same batches, for one or two of them beside the run.
+
+        Args:
+            part: whose pieces it gives; None: this process's.
+        """
+        made = Indexed(alone(self.source, **PAGEABLE), self.name, self.order.seed, None)
+        made.order.part, made.order.parts = self.order.part, self.order.parts
+        other = {} if part is None else {"part": part}
+        made.slices = made.asked.slices = replace(self.slices, **other)
+        made._moved = None if self._moved is None else (self._moved[0], replace(self._moved[1], **other))
+        return made
+
+    def positions_of(self, epoch: int, batch_idx: int, lap: int) -> range:
+        """Return where in the epoch the samples of a batch are; of whole batches, which of all these it is."""
+        slices, total = self.slices_in(epoch, lap), length_of(self.order)
+        return slices.piece(slices.begin(batch_idx), slices.length(batch_idx, total))
 
     def samples_of(self, epoch: int, batch_idx: int, lap: int) -> list[Any]:
         """Return the indices of the samples in a batch."""
         if self.order.known:
-            start = batch_idx * self.batch_size
-            stop = min(start + self.batch_size, len(self.order))
-            return self.order.at(epoch, lap).indices(start, stop)
+            positions = self.positions_of(epoch, batch_idx, lap)
+            return self.order.at(epoch, lap).indices(positions.start, positions.stop)
         set_epoch(self.source, epoch)
         alone = self.alone()
-        alone.order.epoch, alone.order.lap, alone.order.start = epoch, lap, batch_idx * self.batch_size
-        for batch in alone.asked:
-            return batch[:]
-        return []
+        alone.stand(epoch, lap, batch_idx)
+        batch = next(iter(alone.asked), None)
+        return batch[:] if batch is not None and batch.batch_idx == batch_idx else []
+
+
+def batch_size_of(loader: DataLoader[Any]) -> int:
+    """Return how many steps of a DataLoader's order make a batch: its samples, or one batch of a sampler of batches."""
+    batches = loader.batch_sampler
+    return batches.batch_size if type(batches) is BatchSampler else 1
+
+
+def size_kept(loader: DataLoader[Any], parts: int, kept: Mapping[str, int] | None) -> int | None:
+    """Return how many samples a batch of all processes has, if it stays as it was for another number of processes.
+
+    Args:
+        loader: of batches that can have any number of samples; what gives batches itself deals out whole ones.
+        parts: how many processes there are now.
+        kept: the `size` that it had, and the `batch_size` of the DataLoader then, which says whether somebody has
+            changed that since.
+    """
+    if kept is None or kept["batch_size"] != batch_size_of(loader):
+        return None
+    plain = type(loader.batch_sampler) is BatchSampler
+    return kept["size"] if plain or kept["size"] <= parts else None
 
 
 def order_of(loader: DataLoader[Any], seed: int) -> EpochOrder:

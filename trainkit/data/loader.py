@@ -9,16 +9,18 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, MapDataPipe
 
+from trainkit.data.batches import EMPTY as EMPTY
+from trainkit.data.batches import Batches as Batches
 from trainkit.data.failure import named
-from trainkit.data.indexed import Indexed, alone, in_memory
+from trainkit.data.indexed import Indexed, alone, batch_size_of, in_memory, size_kept
 from trainkit.data.samplers import length_of, sampler_of, set_epoch
 from trainkit.data.seeding import kept
 from trainkit.data.served import ByIndex
@@ -26,132 +28,6 @@ from trainkit.data.stateful import Begun, Remembered, has_state, stateful_sample
 from trainkit.data.workers import Crew, WorkerStart
 from trainkit.errors import CheckpointError, MisconfigurationException, warn
 from trainkit.random import derived_seed, draw_seed
-
-
-class Batches:
-    """Give batches with their index and whether they are the last, epoch by epoch, from any batch on.
-
-    It looks one batch ahead where what it is made of may yield less than it claims.
-    """
-
-    name: str
-    claimed: int | float
-    """How many batches an epoch says it has; infinity when it does not say."""
-    num_batches: int | float
-    """How many of them are taken."""
-    must_yield = False
-    """Whether an epoch without a batch is an error, even when no length promises one."""
-    read_once = False
-    """Whether it is an iterator, which gives its batches once and never again."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.claimed = self.num_batches = 0
-        self.fetching: Callable[[Iterator[Any]], Iterator[Any]] | None = None
-        """What a profiler watches the batches through."""
-        self._warned = False
-
-    @property
-    def parts(self) -> list[Loader]:
-        """The loaders that it takes batches from."""
-        return []
-
-    @property
-    def promised(self) -> float:
-        """How many batches an epoch that begins now gives for sure."""
-        return 0
-
-    def open(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """Return an iterator that begins with batch `start` of an epoch."""
-        return iter(())
-
-    def prepare(self, epoch: int, start: int = 0) -> None:
-        """Let workers load what begins with batch `start` of an epoch, before anybody asks for it."""
-        for part in self.parts if start == 0 else ():
-            part.prepare(epoch)
-
-    def places(self, batch_idx: int) -> list[tuple[int, int] | None]:
-        """Return which batch of its data each part gives to a batch, and in which lap; None for one that is over."""
-        return [(batch_idx, 0)] * len(self.parts)
-
-    def samples_of(self, epoch: int, batch_idx: int) -> list[Any] | None:
-        """Return the indices of the samples in a batch of an epoch; None where the data have none.
-
-        Several loaders that are drawn from at once have an entry each.
-        """
-        return None
-
-    def batch_at(self, epoch: int, batch_idx: int) -> Any:
-        """Return one batch of an epoch, with the samples and the random numbers that it has in the run.
-
-        It is loaded in this process. Data with indices may be gone through by somebody else meanwhile.
-
-        Raises:
-            IndexError: there is no such batch.
-        """
-        raise IndexError(f"{self.name} has no batch {batch_idx} in epoch {epoch}.")
-
-    def limited_to(self, most: float) -> Self:
-        """Return the same with at most so many batches."""
-        shorter = copy.copy(self)
-        shorter.num_batches = min(most, self.num_batches)
-        return shorter
-
-    def epoch(self, epoch: int, start: int = 0) -> Generator[tuple[int, Any, bool]]:
-        """Yield (index, batch, is_last) from batch `start` of an epoch on."""
-        limit = self.num_batches
-        if start >= limit:
-            return
-        batches = self.open(epoch, start)
-        if self.fetching is not None:
-            batches = self.fetching(batches)
-        index = start
-        if self.promised >= limit:  # nobody has to look ahead, or hold a batch while the next one is made
-            while index < limit:
-                yield index, next(batches), index + 1 == limit
-                index += 1
-            return
-        batch = next(batches, batches)
-        if batch is batches:
-            if start == 0:
-                self._tell_of_no_batch()
-            return
-        while index + 1 < limit:  # at the limit there is nothing to look ahead for
-            following = next(batches, batches)
-            if following is batches:
-                break
-            yield index, batch, False
-            batch, index = following, index + 1
-            del following
-        if index + 1 < limit and self.claimed != math.inf and not self._warned:
-            self._warned = True
-            warn(
-                f"{self.name} yielded {index + 1} batches although its length is {self.claimed}; the epoch ends there."
-            )
-        yield index, batch, True
-
-    def _tell_of_no_batch(self) -> None:
-        once = " A generator can be read once only; give something that can be iterated over again."
-        message = f"{self.name} yielded no batch%s.{once if self.read_once else ''}"
-        if self.claimed != math.inf:
-            raise MisconfigurationException(message % f" although its length is {self.claimed}")
-        if self.must_yield:
-            raise MisconfigurationException(message % ", and max_epochs=-1 would wait for it forever")
-        if not self._warned:
-            self._warned = True
-            warn(message % ": the epoch is over at once")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the order is drawn from and where it is."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
-
-    def close(self) -> None:
-        """Stop persistent workers."""
-        for part in self.parts:
-            part.close()
 
 
 class Loader(Batches):
@@ -168,6 +44,10 @@ class Loader(Batches):
         keep: keep workers from one epoch to the next, where nobody can tell.
         mustered: has workers for this source already.
         pinned: bring batches into pinned memory, for a CUDA device, where that is free.
+        shard: which of several parts this process has, and how many there are.
+        deal: data with indices are dealt out: a batch is this process's part of one that all parts share.
+        even: all parts give as many batches: `EMPTY` where this one has no sample.
+        kept: where a run with another number of processes was, whose batches stay as large as they were.
 
     Raises:
         TypeError: the source is not iterable.
@@ -186,8 +66,13 @@ class Loader(Batches):
         keep: bool = False,
         mustered: Indexed | None = None,
         pinned: bool = False,
+        shard: tuple[int, int] = (0, 1),
+        deal: bool = True,
+        even: bool = True,
+        kept: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(name)
+        self.shard, self.deal, self.even, self.kept = shard, deal, even, kept
         samples = isinstance(source, Dataset) and not isinstance(source, Iterable)
         iterable = isinstance(source, Iterable) or hasattr(source, "__getitem__")
         if samples or isinstance(source, (str, type)) or not iterable:
@@ -210,7 +95,11 @@ class Loader(Batches):
         elif isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
             self._by_index = ByIndex(source.dataset, name)
         self.claimed = length_of(self.iterable)
-        self.num_batches = limited(self.claimed, limit, name, argument, may_be_empty)
+        if self.indexed is not None and self.sliced:
+            self.claimed, _ = self.indexed.counts()
+        self.looks_ahead = 1 if self.remembered is not None or self.begun is not None else 2
+        self.limit_to = partial(limited, limit=limit, name=name, argument=argument, may_be_empty=may_be_empty)
+        self.num_batches = self.limit_to(self.claimed)
         self._resumed = False
         if mustered is not None:
             mustered.dismiss()
@@ -223,8 +112,61 @@ class Loader(Batches):
     @property
     def promised(self) -> float:
         """How many batches an epoch that begins now gives for sure."""
-        followed = self.remembered is not None or self.begun is not None  # their states are a batch behind
-        return 0 if self.indexed is None or followed else self.indexed.promised
+        if self.indexed is None or self.remembered is not None or self.begun is not None:
+            return 0  # their states are a batch behind
+        if self.sliced and self.even and self.indexed.sure:
+            return math.inf  # no more are asked for than there are
+        return self.indexed.promised
+
+    @property
+    def samples(self) -> int | float:
+        """How many steps the order of an epoch has; infinity where nobody says."""
+        return math.inf if self.indexed is None else length_of(self.indexed.order)
+
+    @property
+    def sliced(self) -> bool:
+        """Whether this process takes its part of batches that all processes share."""
+        return self.indexed is not None and self.indexed.slices.parts > 1
+
+    def taken(self, epoch: int) -> int | float:
+        """Return at which batch this process's epoch ends."""
+        if self.indexed is None or not (self.sliced or self.indexed.moved(epoch)):
+            return self.num_batches
+        most, own = self.indexed.counts(epoch)
+        if not self.indexed.moved(epoch):
+            most = min(most, self.num_batches)
+        elif self.num_batches < self.claimed:
+            slices = self.indexed.slices_in(epoch)
+            left = max(0, self.num_batches * slices.size - slices.first)
+            most = min(most, slices.first_batch + math.ceil(left / slices.size))
+        return most if self.even else min(own, most)
+
+    def share(self, epoch: int, batch_idx: int, lap: int = 0) -> float:
+        """Return by what a loss that is a mean over the samples of a batch counts among those of all processes."""
+        if not self.sliced or self.indexed is None:
+            return 1.0
+        total = self.samples
+        return self.indexed.slices_in(epoch, lap).share(batch_idx, total)
+
+    def lacking(self, epoch: int, batch_idx: int, lap: int = 0) -> bool:
+        """Whether some process has no sample of a batch: all of them know it, and that one gets `EMPTY`."""
+        if not self.sliced or self.indexed is None:
+            return False
+        slices = self.indexed.slices_in(epoch, lap)
+        return slices.length(batch_idx, self.samples) < slices.parts
+
+    def empty(self, epoch: int, batch_idx: int, lap: int = 0) -> bool:
+        """Whether other processes have all samples of a batch."""
+        if not self.sliced or self.indexed is None:
+            return False
+        most, own = self.indexed.counts(epoch, lap)
+        return own <= batch_idx < most
+
+    def stand_in(self, epoch: int, batch_idx: int, lap: int = 0) -> Any:
+        """Return what the last process has of a batch that this one has no sample of."""
+        assert self.indexed is not None
+        length = self.indexed.slices_in(epoch, lap).length(batch_idx, self.samples)
+        return next(iter(self.indexed.alone(length - 1).open(epoch, batch_idx, lap)))
 
     def _adapt(self, loader: DataLoader[Any], keep: bool, mustered: Indexed | None, pinned: bool) -> DataLoader[Any]:
         """Return a copy of the DataLoader that goes through it from any batch on, or as near to that as it can."""
@@ -238,7 +180,10 @@ class Loader(Batches):
             self.remembered = Remembered(loader.dataset)
         if not isinstance(loader.dataset, (IterableDataset, MapDataPipe)):
             source = loader if workers else alone(loader)
-            self.indexed = Indexed(source, self.name, self.seed or 0, self._crew, keep, pinned)
+            kept = size_kept(source, self.shard[1], self.kept)
+            self.indexed = Indexed(
+                source, self.name, self.seed or 0, self._crew, keep, pinned, self.shard, self.deal, kept
+            )
             if mustered is not None:
                 self.indexed.take_over(mustered)
                 self._crew = self.indexed.crew
@@ -270,7 +215,17 @@ class Loader(Batches):
             batches = self.remembered.open(begin, start, inside, self.claimed)
         else:
             batches = self._opened(epoch, start, lap)
+        if self.sliced and self.even:
+            batches = self._with_empty_ones(batches, start)
         return batches if self.begun is None else self.begun.to_its_end(batches, start, self.claimed)
+
+    def _with_empty_ones(self, batches: Iterator[Any], index: int) -> Iterator[Any]:
+        for batch in batches:
+            index += 1
+            yield batch
+            del batch
+        if self.indexed is not None:
+            yield from itertools.repeat(EMPTY, self.indexed.asked.seen - index)
 
     def _opened(self, epoch: int, start: int, lap: int, stands: bool = False) -> Iterator[Any]:
         """Return an iterator that begins with a batch; `stands`: a source with a state stands there already."""
@@ -315,7 +270,9 @@ class Loader(Batches):
 
     def _seeded(self, epoch: int, first: int, lap: int) -> Iterator[Any]:
         """Load each batch with random sources that are a function of its index; the run keeps its own."""
-        loader, seed = self.iterable, derived_seed(self.seed or 0, epoch, *[lap] * (lap > 0))
+        part = self.shard[0]  # what each process reads for itself has draws of its own
+        own = derived_seed(self.seed or 0, "part", part) if part else self.seed or 0
+        loader, seed = self.iterable, derived_seed(own, epoch, *[lap] * (lap > 0))
         if self._generator is not None:
             self._generator.manual_seed(seed)
         if loader is self.source:
@@ -349,6 +306,8 @@ class Loader(Batches):
 
     def batch_at(self, epoch: int, batch_idx: int, lap: int = 0) -> Any:
         """Return one batch of an epoch; `lap`: how often the data were gone through before in it."""
+        if self.empty(epoch, batch_idx, lap):
+            return EMPTY
         opened = self.indexed.alone() if self.indexed is not None else self
         with self.begun.aside() if self.begun is not None else nullcontext():
             for batch in opened.open(epoch, batch_idx, lap):
@@ -372,6 +331,35 @@ class Loader(Batches):
             self.indexed.dismiss()
         elif self.iterable is not self.source:
             vars(self.iterable)["_iterator"] = None
+
+    def standing(self, epoch: int, batch_idx: int) -> dict[str, int] | None:
+        """Return where in the data all processes together are before a batch; None where each has its own."""
+        if self.indexed is None or self.indexed.order.parts > 1:
+            return None
+        slices = self.indexed.slices_in(epoch)
+        batch_size = batch_size_of(self.indexed.source)
+        position = slices.begin(batch_idx) if batch_idx else 0
+        return {"samples": position, "size": slices.size, "batch_size": batch_size, "parts": slices.parts}
+
+    def go_on(self, epoch: int, batch_idx: int, saved: Mapping[str, int], multiple: int) -> int:
+        """Go on where a run stood, with batches of the size that they have now; return the index of the next batch.
+
+        Args:
+            epoch: the running one.
+            batch_idx: of the next batch, as it was counted there.
+            saved: what `standing` returned there.
+            multiple: the index is a multiple of it, unless the size has stayed: a new window begins.
+        """
+        indexed, position = self.indexed, saved["samples"]
+        if indexed is None or indexed.slices.begin(batch_idx) == position:
+            return batch_idx
+        if saved["size"] != indexed.slices.size:
+            if saved["parts"] == self.shard[1]:  # somebody has changed the DataLoader's batch size
+                return batch_idx
+            batch_idx = max(1, position // (indexed.slices.size * multiple)) * multiple
+        if indexed.slices.begin(batch_idx) != position:
+            indexed.go_on(epoch, batch_idx, position)
+        return batch_idx
 
     def continue_order(self, before: Loader) -> None:
         """Draw the order from the seed of the loader that this one replaces."""

@@ -7,15 +7,17 @@ from collections import deque
 from collections.abc import Iterator, Sized
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from trainkit.data.permutation import Permutation, permutation
 from trainkit.data.seeding import own_stream
+from trainkit.data.slices import Slices
 from trainkit.random import derived_seed
 
 
 class EpochOrder(Sampler[int]):
-    """The order of one data set's samples, epoch by epoch, from any position on.
+    """The order of one data set's samples, epoch by epoch, from any position on; all processes have the same.
 
     Args:
         data: the samples; only their number is looked at, each time an epoch begins.
@@ -36,6 +38,7 @@ class EpochOrder(Sampler[int]):
         self.start = 0
         self.used = False
         """Whether anybody has iterated over it."""
+        self.part, self.parts = 0, 1  # other processes go through orders of their own: their draws are others
         self._permutation: Permutation | None = None  # the epoch's, as soon as anybody has asked
 
     def __len__(self) -> int:
@@ -58,6 +61,11 @@ class EpochOrder(Sampler[int]):
         stop = len(self) // size * size if drop_last else len(self)
         return itertools.chain.from_iterable(self.permutation().batches(self.start, stop, size))
 
+    def sliced(self, slices: Slices, drop_last: bool) -> Iterator[tuple[range, Any]]:
+        """Yield one part's piece of each batch from here on: its positions, and a tensor or list of what is there."""
+        self.used = True
+        return self.permutation().pieces(slices.pieces(self.start, len(self), drop_last))
+
     def permutation(self) -> Permutation:
         """Return the epoch's order: which index is at which position, and the other way round."""
         n, seed = len(self), self.epoch_seed()
@@ -72,7 +80,7 @@ class EpochOrder(Sampler[int]):
 
     def positions(self, start: int, stop: int) -> range:
         """Return where in the epoch these are for all processes together, which is what their draws depend on."""
-        return range(start, stop)
+        return range(start * self.parts + self.part, stop * self.parts + self.part, self.parts)
 
     def epoch_seed(self) -> int:
         """Return the 63-bit seed of the epoch's lap."""
@@ -151,6 +159,16 @@ class SamplerOrder(EpochOrder):
         """Return an iterator over the batches from here on, as lists."""
         return whole_lists(self.lists(size), size, drop_last)
 
+    def sliced(self, slices: Slices, drop_last: bool) -> Iterator[tuple[range, Any]]:
+        """Yield one part's piece of each batch from here on; every part goes through all that the sampler gives."""
+        self.used = True
+        given = itertools.chain.from_iterable(own_stream(self.epoch_seed(), self.sampler, slices.size))
+        items, begin = itertools.islice(given, self.start, None), self.start
+        for batch in whole_lists(iter(lambda: list(itertools.islice(items, slices.size)), []), slices.size, drop_last):
+            piece = slices.piece(begin, len(batch))
+            yield piece, batch[piece.start - begin : piece.stop - begin]
+            begin += len(batch)
+
 
 def whole_lists(lists: Iterator[list[Any]], size: int, drop_last: bool) -> Iterator[list[Any]]:
     """Return the lists, without those that are smaller where they are not wanted."""
@@ -179,60 +197,92 @@ class Placed(list[Any]):
 
 
 class PlacedBatches(BatchSampler):
-    """The batches of an order, each with its place in the run.
+    """The batches of an order, each with its place in the run; of several processes, this one's pieces of them.
 
     Args:
-        order: of indices; with a `batch_size` of None of whole batches.
-        batch_size: how many indices make a batch.
+        order: of indices, or with `whole_batches` of whole batches.
+        slices: how many of them a batch takes, and which of these this process does.
         drop_last: leave out a last batch that is smaller.
         ahead: how many batches are asked for before one arrives.
+        whole_batches: the order is one of batches, not of indices.
     """
 
-    def __init__(self, order: EpochOrder, batch_size: int | None, drop_last: bool = False, ahead: int = 1) -> None:
+    def __init__(
+        self, order: EpochOrder, slices: Slices, drop_last: bool = False, ahead: int = 1, whole_batches: bool = False
+    ) -> None:
         self.sampler, self.order, self.drop_last = order, order, drop_last
-        self.size = batch_size
-        self.batch_size = batch_size or 1
+        self.slices, self.whole_batches = slices, whole_batches
+        self.batch_size = slices.size
         self.asked: deque[Placed] = deque(maxlen=ahead)
         """The batches that were asked for last."""
         self.idle = False
         """Whether there is nothing to ask for yet."""
+        self.seen = 0
+        """Up to which batch of all processes the epoch was gone through."""
+        self.piece = range(0)
+        """The positions of what was asked for last, of several processes' batches."""
 
     def __len__(self) -> int:
-        if self.size is None:
-            return len(self.order)
-        whole, rest = divmod(len(self.order), self.size)
-        return whole + (rest > 0 and not self.drop_last)
+        return self.slices.own_count(len(self.order), self.drop_last)
+
+    @property
+    def count(self) -> int:
+        """How many batches an epoch has for all processes together; it may have one fewer for this one."""
+        return self.slices.count(len(self.order), self.drop_last)
 
     def __iter__(self) -> Iterator[Placed]:
         self.asked.clear()
         if self.idle:
             return iter(())
         order = self.order.at(self.order.epoch, self.order.lap, self.order.start)  # where it stands now
-        self.order.used = True
-        return self._batches(order) if self.size is not None else self._whole_batches(order)
+        order.used = self.order.used = True
+        if self.whole_batches:
+            return self._whole_batches(order)
+        return self._batches(order) if self.slices.whole else self._pieces(order)
 
     def whole(self) -> Iterator[Any]:
         """Iterate without the places: over tensors of indices where they are known, else over lists."""
-        return self.order.batches(self.batch_size, self.drop_last)
+        if self.slices.whole:
+            return self.order.batches(self.slices.size, self.drop_last)
+        return (indices for _, _, indices in self._own(self.order))
 
     def _batches(self, order: EpochOrder) -> Iterator[Placed]:
-        size, position, seed, epoch = self.batch_size, order.start, order.epoch_seed(), order.epoch
-        for batch_idx, batch in enumerate(order.lists(size), position // size):
+        size, position, seed, epoch = self.slices.size, order.start, order.epoch_seed(), order.epoch
+        for batch_idx, batch in enumerate(order.lists(size), self.slices.batch_at(position)):
             stop = position + len(batch)
             if self.drop_last and len(batch) < size:
                 return
             yield self._noted(Placed(batch, order.positions(position, stop), batch_idx, epoch, seed))
             position = stop
 
+    def _pieces(self, order: EpochOrder) -> Iterator[Placed]:
+        seed, epoch = order.epoch_seed(), order.epoch
+        for batch_idx, piece, indices in self._own(order):
+            batch = indices.tolist() if isinstance(indices, Tensor) else indices
+            yield self._noted(Placed(batch, piece, batch_idx, epoch, seed))
+
+    def _own(self, order: EpochOrder) -> Iterator[tuple[int, range, Any]]:
+        """Go through the batches of all, and yield this process's pieces of them where it has one."""
+        slices = self.slices
+        for batch_idx, (piece, indices) in enumerate(
+            order.sliced(slices, self.drop_last), slices.batch_at(order.start)
+        ):
+            self.seen, self.piece = batch_idx + 1, piece
+            if piece:
+                yield batch_idx, piece, indices
+
     def _whole_batches(self, order: EpochOrder) -> Iterator[Placed]:
         """Go through the batches that are skipped, too: how many samples they have says where the others are."""
-        position, seed, epoch, start = 0, order.epoch_seed(), order.epoch, order.start
+        position, seed, epoch, start, slices = 0, order.epoch_seed(), order.epoch, order.start, self.slices
         batches: Iterator[Any] = iter(order.at(epoch, order.lap))
-        for batch_idx, batch in enumerate(batches):
+        for place, batch in enumerate(batches):
             indices = list(batch)
             stop = position + len(indices)
-            if batch_idx >= start:
-                yield self._noted(Placed(indices, order.positions(position, stop), batch_idx, epoch, seed))
+            batch_idx = slices.batch_at(place)
+            if place >= start:
+                self.seen = batch_idx + 1
+                if place - slices.begin(batch_idx) == slices.part:
+                    yield self._noted(Placed(indices, order.positions(position, stop), batch_idx, epoch, seed))
             position = stop
 
     def _noted(self, batch: Placed) -> Placed:
@@ -242,6 +292,3 @@ class PlacedBatches(BatchSampler):
 
 class PlacedSamples(PlacedBatches):
     """The samples of an order one at a time, each with its place in the run: for a DataLoader without batches."""
-
-    def __init__(self, order: EpochOrder, ahead: int = 1) -> None:
-        super().__init__(order, 1, ahead=ahead)

@@ -7,7 +7,7 @@ looked at: it begins anywhere at once, and holds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -83,6 +83,28 @@ class Permutation:
     def between(self, start: int, stop: int) -> Tensor:
         """Return the indices at positions start to stop."""
         return self.indices(torch.arange(start, stop, device="cpu"))
+
+    def pieces(self, pieces: Iterable[range]) -> Iterator[tuple[range, Tensor]]:
+        """Yield each range of positions with the indices there, which are looked up many ranges at once."""
+        waiting, most = iter(pieces), FIRST_BLOCK
+        while several := _some(waiting, most):
+            positions = [torch.arange(piece.start, piece.stop, device="cpu") for piece in several]
+            indices = torch.split(self.indices(torch.cat(positions)), list(map(len, several)))
+            yield from zip(several, indices, strict=True)
+            most = min(2 * most, LARGEST_BLOCK)
+
+
+def _some(waiting: Iterator[range], most: int) -> list[range]:
+    """Take ranges that have about so many positions together."""
+    several: list[range] = []
+    count = 0
+    while count < most and len(several) < MOST_BATCHES:
+        piece = next(waiting, None)
+        if piece is None:
+            break
+        several.append(piece)
+        count += len(piece)
+    return several
 
 
 class Drawn(Permutation):

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainkit.data.combined import Combination, CombinedLoader, Mode, flattened, refilled
-from trainkit.data.distributed import dealt, needs_dealing
 from trainkit.data.indexed import Indexed, has_workers
 from trainkit.data.loader import Batches, Loader
 from trainkit.data.samplers import in_sequence, is_shuffled
+from trainkit.data.together import agree
 from trainkit.data.workers import Crew
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.hooks import is_overridden
 from trainkit.profiler.actions import recorded
 from trainkit.random import derived_seed
+from trainkit.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
     from trainkit.datamodule import DataModule
@@ -58,6 +59,10 @@ class Sources:
         self._mustered: dict[int, Indexed] = {}  # whose workers have been started before their loader was, by its id
         self._asked: dict[str, float] = {}  # the epoch in which loaders of a kind were asked for
         self._resumed = False  # whether the state of a checkpoint is loaded
+        self.keep_batch = "all"
+        """What of a batch's size stays when a run goes on with another number of processes: that of "all" of them
+        together, or that of "each"."""
+        self._stood: list[dict[str, int] | None] = []  # where the run stood that this one goes on
 
     @property
     def train(self) -> Batches:
@@ -147,7 +152,7 @@ class Sources:
         trainer, limits = self.trainer, {"train": self._limit("train")[0]}
         if trainer.num_sanity_val_steps and trainer.checkpoint is None and self.defined("val"):
             limits["val"] = self._limit("val")[0]
-        if trainer.world_size > 1 or trainer.overfit_batches:  # these put samplers of their own into the loaders
+        if trainer.overfit_batches:  # which puts samplers of its own into the loaders
             return
         if 0 in (trainer.max_epochs, trainer.max_steps):
             return
@@ -259,7 +264,9 @@ class Sources:
         if any(new is not leaf for new, leaf in zip(prepared, leaves, strict=True)):
             source, leaves = refilled(source, prepared), prepared
         self.objects[kind] = source
+        combined = mode != "sequential" and leaves[0] is not source
         limit, argument = self._limit(kind)
+        kept = self._kept(kind)
         owners = (trainer.model, trainer.datamodule)
         may_be_empty = any(getattr(o, "allow_zero_length_dataloader_with_multiple_devices", False) for o in owners)
         loaders = [
@@ -273,12 +280,30 @@ class Sources:
                 keep=self._keeps(kind, leaves),
                 mustered=self._mustered.pop(id(leaf), None),
                 pinned=self._pins(),
+                shard=trainer.strategy.shard,
+                deal=trainer.use_distributed_sampler,
+                even=kind == "train" or combined,
+                kept=kept[index] if index < len(kept) and (combined or self.keep_batch == "all") else None,
             )
             for index, (leaf, leaf_name) in enumerate(zip(leaves, _names(kind, len(leaves)), strict=True))
         ]
-        if mode == "sequential" or leaves[0] is source:
-            return list(loaders)
-        return [Combination(loaders, source, mode, name)]
+        made: list[Batches] = [Combination(loaders, source, mode, name)] if combined else list(loaders)
+        if trainer.strategy.world_size > 1:
+            self.seed = agree(trainer.strategy, self.seed, loaders, made, kind == "train")
+        for one in made:
+            if isinstance(one, Combination):
+                one.even = kind == "train"
+        return made
+
+    def _kept(self, kind: str) -> list[dict[str, int] | None]:
+        """Return the sizes that batches had in the run that this one goes on, where they are to stay."""
+        trainer = self.trainer
+        if kind != "train" or not trainer.fitting:
+            return []
+        if not self._resumed and trainer.checkpoint is not None:
+            loader = trainer.checkpoint.get("loader")
+            self._stood = loader.get("position", []) if isinstance(loader, dict) else []
+        return self._stood
 
     def _prepared(self, kind: str, leaves: list[Any]) -> list[Any]:
         """Return the loaders with the samplers that the Trainer's settings put into them."""
@@ -296,18 +321,7 @@ class Sources:
                 f"{name} shuffles its samples, so what a batch is made of differs from epoch to epoch. Evaluations are "
                 "usually in order: shuffle=False."
             )
-        which = trainer.distributed_sampler_kwargs
-        if which is None or not trainer.use_distributed_sampler or not any(map(needs_dealing, leaves)):
-            return leaves
-        if kind in ("val", "test"):
-            warn(
-                f"{trainer.stage} deals the samples of {name} out to {trainer.world_size} processes, and to give each "
-                "as many some samples twice. Evaluate on one device for exact metrics."
-            )
-        seed = trainer.seed or 0
-        return [
-            dealt(leaf, seed, repeat=kind != "predict", **which) if needs_dealing(leaf) else leaf for leaf in leaves
-        ]
+        return leaves
 
     def _watched(self, kind: str, loaders: list[Batches]) -> list[Batches]:
         """Let a profiler see how long batches are waited for."""
@@ -334,17 +348,44 @@ class Sources:
     def state_dict(self) -> dict[str, Any]:
         """Return where the training data are, what every order is drawn from, and when loaders were asked for."""
         seeds = [part.seed for loader in self.loaders.get("val", []) for part in loader.parts]
-        return {"seed": self.seed, "train": self.train.state_dict(), "val": seeds, "asked": dict(self._asked)}
+        progress = self.trainer.progress
+        return {
+            "seed": self.seed,
+            "train": self.train.state_dict(),
+            "val": seeds,
+            "asked": dict(self._asked),
+            "position": [part.standing(progress.epoch, progress.batch) for part in self.train.parts],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._resumed = True
         self.train.load_state_dict(state.get("train", state))
+        self._go_on(state.get("position", []))
         self.seed = state.get("seed", self.seed) if "train" in state else self.seed
         parts = [part for loader in self.loaders.get("val", []) for part in loader.parts]
         for part, seed in zip(parts, state.get("val", []), strict=False):
             part.reseed(seed)
         self._asked = dict(state.get("asked", dict.fromkeys(self._asked, self.trainer.current_epoch)))
+
+    def _go_on(self, stood: list[dict[str, int] | None]) -> None:
+        """Go on at the sample where another number of processes was, and say what a batch is now."""
+        parts, progress = self.train.parts, self.trainer.progress
+        changed = [
+            (part, saved)
+            for part, saved in zip(parts, stood, strict=False)
+            if saved is not None and part.indexed is not None and saved["parts"] != part.indexed.slices.parts
+        ]
+        if len(parts) == 1 and stood and stood[0] is not None:
+            every = self.trainer.accumulate_grad_batches
+            progress.batch = parts[0].go_on(progress.epoch, progress.batch, stood[0], every)
+        for part, saved in changed:
+            size, parts_now = part.indexed.slices.size, part.indexed.slices.parts  # type: ignore[union-attr]
+            rank_zero_info(
+                f"{part.name}: {parts_now} processes go on where {saved['parts']} were, at sample {saved['samples']} "
+                f"of epoch {progress.epoch}. A batch of all of them has {size} samples, {size / parts_now:g} for each; "
+                f"it had {saved['size']}."
+            )
 
     def epoch(self, loader: Batches, epoch: int, start: int = 0) -> Iterator[tuple[int, Any, bool]]:
         """Yield (index, batch, is_last) from batch `start` of a loader's epoch on; `close` ends it."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -145,3 +147,15 @@ def tiny_module() -> type[Module]:
 def tiny_data() -> type[DataModule]:
     """The class of its data: `TinyData(batch_size=4, num_batches=8, shuffle=False)`."""
     return TinyData
+
+
+@pytest.fixture(scope="session")
+def processes() -> Callable[..., list[Any]]:
+    """Run a script as several processes: `processes(2, source, *args, timeout=60)`; see tests/processes.py."""
+    spec = importlib.util.spec_from_file_location("trainkit_test_processes", Path(__file__).with_name("processes.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    run: Callable[..., list[Any]] = module.run
+    return run

@@ -30,6 +30,8 @@ class Watch:
     any time, one with on_epoch=True at the end of the epoch, and what a callback put into `trainer.callback_metrics`
     past `log` at any time. Anything else there is left from earlier, and says nothing about the weights of now.
 
+    Several processes have to ask together: they are told what the first one sees, so that they decide alike.
+
     Args:
         owner: the callback's name, for messages.
         monitor: the metric's name.
@@ -49,6 +51,8 @@ class Watch:
     fresh: bool = field(init=False)
     """Whether a validation has logged it since it was read; a part of the owner's state."""
     _last_validation: Table | None = field(init=False)
+    _told: tuple[bool, bool, Tensor | None] | None = field(init=False, default=None)
+    """What the first of several processes saw: whether there is a new value, or may be later, and the value."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.monitor, str) or not self.monitor:
@@ -61,7 +65,7 @@ class Watch:
     def begin(self) -> None:
         """Begin a run: nothing has been validated yet."""
         self.validated = self.fresh = False
-        self._last_validation = None
+        self._last_validation = self._told = None
 
     def doubt(self, trainer: Trainer) -> None:
         """Warn before the first step if the name looks misspelt: the sanity check logged one that is very close."""
@@ -83,6 +87,15 @@ class Watch:
 
     def is_new(self, trainer: Trainer, event: Event) -> bool:
         """Whether the metric has a value that was not there before."""
+        if trainer.world_size == 1:
+            return self._sees_new(trainer, event)
+        trainer.metrics.catch_up()
+        new = self._sees_new(trainer, event)
+        seen = (new, self._sees_one(trainer), self._value(trainer) if new else None)
+        self._told = trainer.strategy.broadcast(seen)
+        return self._told[0]
+
+    def _sees_new(self, trainer: Trainer, event: Event) -> bool:
         training = trainer.metrics.train
         return (
             (self.fresh and event != "batch")
@@ -95,12 +108,19 @@ class Watch:
     def read(self, trainer: Trainer) -> Tensor:
         """Return the value, on the host; from here it is not new any more."""
         self.fresh = False
+        told = None if self._told is None else self._told[2]
+        return self._value(trainer) if told is None else told
+
+    def _value(self, trainer: Trainer) -> Tensor:
         if self._counts(trainer):
             return torch.tensor(trainer.current_epoch if self.monitor == "epoch" else trainer.global_step)
         return trainer.callback_metrics[self.monitor].detach().cpu()
 
     def may_come(self, trainer: Trainer) -> bool:
         """Whether the metric can still appear by itself: there is a value, or validation has not run yet."""
+        return self._sees_one(trainer) if self._told is None else self._told[1]
+
+    def _sees_one(self, trainer: Trainer) -> bool:
         waiting = trainer.enable_validation and not self.validated
         return waiting or self.monitor in trainer.callback_metrics
 

@@ -37,7 +37,7 @@ class SpikeDetection(Callback):
     least `atol` and by at least `rtol` times that mean. The batch of the spike is written to the file, and the one
     before it, whose update may be what spoiled the weights. Losses that are not finite never count in the mean.
 
-    This reads the loss after every batch, so that an accelerator is waited for.
+    This reads the loss after every batch, so that an accelerator is waited for, and several processes ask each other.
 
     Args:
         mode: "min" when a smaller loss is better, "max" when a larger one is.

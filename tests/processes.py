@@ -93,7 +93,7 @@ def run(
                     stdout=to,
                     stderr=problems,
                     start_new_session=True,
-                )  # fmt: skip
+                )
             )
     late = _wait(started, timeout)
     results = [

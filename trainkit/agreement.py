@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trainkit.errors import MisconfigurationException
 from trainkit.signals import NOTED
 from trainkit.strategies.ddp import Wishes
 
@@ -38,9 +39,45 @@ class Agreement:
         """Whether somebody has set `should_stop`."""
         self.signal: int | None = None
         """A signal that somebody got."""
+        self._lacking = self._by_hand = False
+        self._share = 1.0
         self._told: tuple[bool, int | None] = (False, None)
         self._on_its_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
+    # ---- a batch
+    def begin_batch(self, batch_idx: int, averages: bool) -> None:
+        """Prepare for a batch.
+
+        Args:
+            batch_idx: which of the epoch.
+            averages: whether gradients are averaged after it.
+        """
+        train, epoch = self.trainer.sources.train, self.trainer.progress.epoch
+        self._lacking = train.lacking(epoch, batch_idx)
+        self._by_hand = averages and self._lacking
+        self._share = train.share(epoch, batch_idx)
+        self.trainer.strategy.sync(averages and not self._lacking)
+
+    def weigh(self, loss: Tensor) -> Tensor:
+        """Return the loss as it counts among those of all processes: by its samples."""
+        return loss if self._share == 1.0 else loss * self._share
+
+    def end_batch(self, loss: Tensor | None, empty: bool) -> bool:
+        """Average gradients where some process has no backward that does so; return whether there are some.
+
+        Raises:
+            MisconfigurationException: a process has left its batch out, and the others would wait for it.
+        """
+        if loss is None and not empty:
+            raise MisconfigurationException(
+                f"training_step returned None on rank {self.trainer.global_rank} (batch {self.trainer.batch_idx}): "
+                "the other processes wait for its gradients. Return a loss that is zero, such as 0.0 * loss."
+            )
+        if self._by_hand:
+            self.trainer.strategy.sync_by_hand()
+        return self._by_hand
+
+    # ---- decisions
     def step(self) -> None:
         """Hear what was wished with the gradients of this update, and wish with the next one's."""
         heard = self.wishes.heard()

@@ -1,4 +1,4 @@
-"""The mode that evaluations run in: no gradients, the module in evaluation mode, and everything as before afterwards."""
+"""The mode that evaluations run in: no gradients, the module in evaluation mode, everything as before afterwards."""
 
 from __future__ import annotations
 

@@ -50,12 +50,13 @@ class Logs:
             reduce_fx: how an epoch's values become one: "mean" (weighted by batch_size), "sum", "min" or "max". A
                 metric object computes its value itself, and is reset when the epoch is over.
             enable_graph: let the value of a metric object keep its graph; other values never keep theirs.
-            sync_dist: reduce over processes; a run has one.
-            sync_dist_group: over which of them.
+            sync_dist: of several processes, let a value by step be what all of them come to, too: at log points, from
+                which it stays until the next one. What an epoch comes to is of all processes in any case.
+            sync_dist_group: kept for Lightning's signature; it is always all of them.
             add_dataloader_idx: with several evaluation loaders, append `/dataloader_idx_N` to the name.
             batch_size: the weight in the mean (default: the first dimension of the batch's first tensor).
             metric_attribute: the name of the attribute that holds the metric object (default: it is looked for).
-            rank_zero_only: log on the first process only; a run has one.
+            rank_zero_only: of several processes, only the first logs it, and the value is its own.
 
         Raises:
             MisconfigurationException: called where nothing can be logged, with options that can't work there or with

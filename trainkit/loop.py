@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from trainkit.data.batches import EMPTY
 from trainkit.data.sources import check_dataloader_idx
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.evaluation_mode import evaluation_mode
@@ -29,7 +30,7 @@ def fit(trainer: Trainer) -> None:
     """
     module, progress, sources, metrics = trainer.module, trainer.progress, trainer.sources, trainer.metrics
     hooks, optimizers, schedules, timing = trainer.hooks, trainer.optimizers, trainer.schedules, trainer.timing
-    agreement, strategy = trainer.agreement, trainer.strategy  # None, and one device: a run in one process
+    agreement = trainer.agreement  # None: a run in one process
     training_step = trainer.wrapped_step("training_step")  # in float32 on one device: the method itself
     transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
     backward, zero_grad, clip = update.backward, update.zero_grad, update.clip  # None: nothing that is not here
@@ -48,7 +49,7 @@ def fit(trainer: Trainer) -> None:
             sources.reload_if_due()
             hooks.on_train_epoch_start()
         if agreement is not None:
-            strategy.epoch_starts()  # other parameters may learn than before
+            trainer.strategy.epoch_starts()  # other parameters may learn than before
         metrics.start_batches(TRAIN_BATCH)
         batches = sources.epoch(sources.train, progress.epoch, start)
         if progress.validating:  # first the validation that a signal cut short
@@ -63,7 +64,10 @@ def fit(trainer: Trainer) -> None:
         for batch_idx, batch, is_last in batches:
             arrived = ready = now()
             trainer.batch_idx, trainer.is_last_batch = batch_idx, is_last
-            if transfer is not None:
+            empty = batch is EMPTY  # other processes have all of its samples: this one only averages gradients
+            if empty:
+                batch = None
+            elif transfer is not None:
                 batch = transfer(batch, 0)
                 ready = now()
             if batch_idx == start:
@@ -85,18 +89,22 @@ def fit(trainer: Trainer) -> None:
 
             # Forward, loss, backward. Processes average their gradients where a window ends.
             if agreement is not None:
-                strategy.sync(window_ends and automatic)
+                agreement.begin_batch(batch_idx, averages=window_ends and automatic)
             output = training_step(batch, batch_idx) if batch is not None else None  # None: nothing is left of it
-            loss = loss_of(output, needs_grad) if automatic else None
+            loss = loss_of(output, needs_grad) if automatic and not empty else None
             if loss is not None:  # None: the module skips this batch, or optimizes by itself
                 if accumulate > 1:
                     loss = loss / accumulate
+                if agreement is not None:
+                    loss = agreement.weigh(loss)
                 hooks.on_before_backward(loss)
                 backward(loss)
                 hooks.on_after_backward()
                 gradients = True
                 if replay is not None:
                     replay.remember(batch, batch_idx)
+            if agreement is not None and automatic:
+                gradients |= agreement.end_batch(loss, empty)
             computed = now()
 
             # Update the weights.

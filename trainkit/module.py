@@ -15,6 +15,7 @@ from trainkit.errors import MisconfigurationException
 from trainkit.export import Exports, scriptable
 from trainkit.hparams import HyperParameters, class_only
 from trainkit.log import Logs
+from trainkit.moving import tensors_on_device
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -237,14 +238,16 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
             self.untoggle_optimizer(optimizer)
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
-        """Return the tensors of all processes, stacked in a new first dimension; with one process, the data itself.
+        """Return the tensors of all processes, stacked in a new first dimension; with one process, the tensors.
+
+        All processes have to call it, with tensors of the same shapes.
 
         Args:
-            data: a tensor, a number, or a nested structure of them, of one shape on all processes.
+            data: a tensor, a number (which becomes a tensor), or a nested structure of them.
             group: which processes (default: all).
             sync_grads: let gradients flow back to the process that each tensor came from.
         """
-        return self.trainer.strategy.all_gather(data, group, sync_grads)
+        return self.trainer.strategy.all_gather(tensors_on_device(data, self.device), group, sync_grads)
 
     def freeze(self) -> Self:
         """Turn gradients off for all parameters and go to evaluation mode."""

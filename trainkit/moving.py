@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainkit.tree import map_tensors
+from trainkit.tree import leaves, map_tensors, with_leaves
 
 
 def move_data_to_device(batch: Any, device: torch.device | str) -> Any:
@@ -27,6 +27,23 @@ def move_data_to_device(batch: Any, device: torch.device | str) -> Any:
         return value if moved is None else moved  # a `.to` in place that returns nothing
 
     return map_tensors(move, batch)
+
+
+def tensors_on_device(data: Any, device: torch.device | str) -> Any:
+    """Return nested data on a device, with numbers and numpy arrays as tensors; a bool is 0 or 1, a uint8."""
+
+    def tensor_of(value: Any) -> Any:
+        if isinstance(value, bool):
+            return torch.tensor(value, dtype=torch.uint8)  # backends don't take bools
+        if isinstance(value, (int, float)) or type(value).__module__ == "numpy":
+            return torch.as_tensor(value)
+        return value
+
+    def nothing_else(_: Any) -> bool:
+        return False
+
+    held = [tensor_of(value) for value in leaves(data, nothing_else)]
+    return move_data_to_device(with_leaves(data, nothing_else, held), device)
 
 
 def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:

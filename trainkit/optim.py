@@ -191,10 +191,16 @@ class Schedules:
                 metrics.hook = before
 
     def _metric(self, config: LRSchedulerConfig) -> Tensor | None:
-        """Return the newest value of what a schedule watches."""
+        """Return the newest value of what a schedule watches, of several processes the first one's."""
+        several = self.trainer.world_size > 1
+        if several:
+            self.trainer.metrics.catch_up()
         metrics = self.trainer.callback_metrics
-        if config.monitor in metrics:
-            return metrics[config.monitor]
+        value = metrics.get(config.monitor or "")
+        if several:
+            value = self.trainer.strategy.broadcast(value if value is None else value.detach().cpu())
+        if value is not None:
+            return value
         message = (
             f"{type(config.scheduler).__name__} watches {config.monitor!r}, which was not logged so far; there is: "
             f"{', '.join(sorted(metrics)) or 'nothing'}. If it is logged later or more rarely, give the schedule a "

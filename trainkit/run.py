@@ -125,7 +125,7 @@ def attach(
     trainer.state = TrainerState(TrainerStatus.RUNNING, fn, LOOP[fn])
     trainer.should_stop = False
     kind = NoMetrics if trainer.barebones else Metrics
-    trainer.metrics = kind(module, has_logger=bool(trainer.loggers))
+    trainer.metrics = kind(module, has_logger=bool(trainer.loggers), strategy=trainer.strategy)
     trainer.metrics.x = trainer.progress.window
     if fn == TrainerFn.FITTING:
         if trainer.max_epochs is None:

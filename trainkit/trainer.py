@@ -568,6 +568,8 @@ class Trainer(Status):
     def log_point(self) -> None:
         """Hand the loggers what was logged last in the training steps, and where their time went."""
         self.timing.fold()
+        if self.metrics.exchange is not None:
+            self.metrics.agree_on_steps()
         if self.loggers and self.log_every_n_steps:
             self.log_metrics(self.metrics.row() | self.timing.row())
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 from benchmarks.case import ALL, Case, Metric
-from benchmarks.resident import forget_peak, peak_mb, resident_mb
+from benchmarks.resident import forget_peak, give_back_free_memory, map_each_tensor, peak_mb, resident_mb
 from benchmarks.training import train, warm_up_torch
 from benchmarks.workloads import cnn, transformer
 
@@ -23,9 +24,12 @@ def measure(case: str, peer: str, quick: bool, folder: Path) -> dict[str, Any]:
     import importlib
 
     importlib.import_module(f"benchmarks.peers.{peer}")  # what is imported is not its step's memory
+    map_each_tensor()
     warm_up_torch()
     job = cnn.make_job(folder, 8)[0] if case == "cnn" else transformer.make_job(folder, 12)
     job.best = False  # a fused optimizer is no matter of memory
+    gc.collect()  # what is garbage now would make room during training
+    give_back_free_memory()
     baseline = resident_mb()
     forget_peak()
     measured = train(peer, job)

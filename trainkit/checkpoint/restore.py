@@ -25,6 +25,7 @@ from trainkit.errors import (
 )
 from trainkit.hparams import namespaces_of, plain_hparams, tell_of_secrets
 from trainkit.loggers.base import run_directory, runs_directory
+from trainkit.metrics.resumed import share_of
 from trainkit.random import seed_for_rank
 from trainkit.stages import RunningStage, TrainerFn
 from trainkit.state import ByKey, resume_state
@@ -107,12 +108,10 @@ def for_rank(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
     if ranks is None and world == 1:
         return checkpoint
     ranks = ranks or [{key: checkpoint[key] for key in OF_A_RANK if key in checkpoint}]
-    if len(ranks) == world:
-        return {**checkpoint, **ranks[rank]}
     own = dict(ranks[rank] if rank < len(ranks) else ranks[0])
     states = [state["metrics"] for state in ranks if "metrics" in state]
     if states:
-        own["metrics"] = states[0] if rank == 0 else None
+        own["metrics"] = share_of(states, *trainer.strategy.shard, trainer.module)
     if rank >= len(ranks):
         own.pop("random", None)
     return {**{key: value for key, value in checkpoint.items() if key not in OF_A_RANK}, **own}

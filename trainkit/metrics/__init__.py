@@ -4,6 +4,9 @@ options.py   in which hooks may be logged, with which options
 batch_size.py  the weight of a batch in an epoch's mean
 metric.py    one logged name: its last value and its epoch's reduction
 objects.py   torchmetrics and its like: metrics that compute their value themselves
+shared.py    the same of several processes: the value that all of them came to
+exchange.py  how they get there: keys are compared, values added up; reduction.py and gathered.py say what travels
+resumed.py   half an epoch's running values on another number of processes
 run.py       all names of a run: what `log` files, and what loggers, callbacks and the progress bar read
 """
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainkit.errors import MisconfigurationException
 from trainkit.metrics.options import Options
+from trainkit.metrics.reduction import without_rounding
 
 Kind = Literal["step", "epoch"]
 
@@ -24,16 +25,19 @@ class Metric:
     """
 
     __slots__ = (
-        "given", "hook", "last", "loader", "logged", "logger", "name", "on_epoch", "on_step", "options", "prog_bar",
-        "reduce", "suffix", "total", "weight", "weighted",
+        "alone", "given", "hook", "last", "loader", "logged", "logger", "name", "on_epoch", "on_step", "options",
+        "prog_bar", "reduce", "suffix", "total", "weight", "weighted",
     )  # fmt: skip
-    SAVED = ("name", "hook", "suffix", "loader", "prog_bar", "logger", "on_step", "on_epoch", "reduce", "weighted")
+    SAVED: tuple[str, ...] = (
+        "name", "hook", "suffix", "loader", "prog_bar", "logger", "on_step", "on_epoch", "reduce", "weighted", "alone",
+    )  # fmt: skip
     RUNNING: tuple[str, ...] = ("last", "total", "weight", "logged")
     takes_objects = False
 
     def __init__(self, name: str, hook: str, suffix: str, loader: int | None) -> None:
         self.name, self.hook, self.suffix = name, hook, suffix
         self.loader = loader  # None: it belongs to no loader in particular
+        self.alone = False  # of several processes, only the first logs it
         self.options: Options | None = None
         self.given: tuple[Any, ...] | None = None  # the options as the user gave them, to compare later calls with
         self.reset()
@@ -43,7 +47,7 @@ class Metric:
         self.options = options
         self.prog_bar, self.logger = options.prog_bar, options.logger
         self.on_step, self.on_epoch, self.reduce = options.on_step, options.on_epoch, options.reduce
-        self.weighted = self.on_epoch and self.reduce == "mean"
+        self.weighted, self.alone = self.on_epoch and self.reduce == "mean", options.rank_zero_only
 
     def reset(self) -> None:
         """Forget the values, keep the options."""
@@ -124,10 +128,16 @@ class Metric:
             return None
         if self.reduce == "mean":
             no_weight = not isinstance(self.weight, Tensor) and self.weight == 0
-            value = math.nan if no_weight else value / self.weight
+            value = math.nan if no_weight else without_rounding(value, self.kind_of_value()) / self.weight
         if isinstance(value, Tensor):
-            value = value.to(self.last.dtype if isinstance(self.last, Tensor) else value.dtype, copy=True)
+            value = value.to(self.kind_of_value(), copy=True)
         return value
+
+    def kind_of_value(self) -> torch.dtype | None:
+        """Return the dtype of what is logged, None for numbers."""
+        if isinstance(self.last, Tensor):
+            return self.last.dtype
+        return self.total.dtype if isinstance(self.total, Tensor) else None
 
     def value(self, kind: Kind) -> Any:
         """Return the last value ("step") or the epoch's reduction so far; None where that is not logged."""

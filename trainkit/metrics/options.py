@@ -78,6 +78,7 @@ class Options(NamedTuple):
     add_dataloader_idx: bool
     metric_attribute: str | None
     rank_zero_only: bool
+    sync_dist: bool
 
 
 class Given(NamedTuple):
@@ -141,6 +142,7 @@ def resolve(name: str, hook: str, given: Given) -> Options:
         bool(given.add_dataloader_idx),
         given.metric_attribute,
         bool(given.rank_zero_only),
+        bool(given.sync_dist),
     )
 
 

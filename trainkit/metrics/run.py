@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.metrics.batch_size import BatchSize
+from trainkit.metrics.exchange import Entry, Exchange, of_others
 from trainkit.metrics.metric import Kind, Metric, as_number, is_metric_object, not_a_scalar, numbers
 from trainkit.metrics.objects import (
     ObjectMetric,
@@ -20,6 +21,10 @@ from trainkit.metrics.objects import (
     object_at,
 )
 from trainkit.metrics.options import Given, check_hook, resolve
+from trainkit.metrics.shared import OwnObject, SharedMetric, SharedObject
+
+if TYPE_CHECKING:
+    from trainkit.strategies.base import Strategy
 
 RUN_START = "on_train_start"
 NOTES = ("seen", "_logged", "seen_by_loggers", "seen_on_bar", "_evaluated")
@@ -79,10 +84,18 @@ class Metrics:
     Args:
         module: where metric objects are attributes.
         has_logger: whether anybody writes down what is logged.
+        strategy: the run's; of several processes, it brings together what they logged.
     """
 
-    def __init__(self, module: nn.Module | None = None, has_logger: bool = True) -> None:
+    exchange: Exchange | None = None
+    """How the values of several processes become one; None: there is one process."""
+
+    def __init__(
+        self, module: nn.Module | None = None, has_logger: bool = True, strategy: Strategy | None = None
+    ) -> None:
         self.module, self.has_logger = module, has_logger
+        if strategy is not None and strategy.world_size > 1:
+            self.exchange = Exchange(strategy)
         self.hook: str = "setup"
         self.x = 0  # the x value of what is logged now: accumulation windows that were over before this batch
         self.train = Table("train")
@@ -146,6 +159,8 @@ class Metrics:
         hook, table, asked = self.hook, self.table, Given(*options)
         check_value(name, value)
         check_hook(name, hook)
+        if self.exchange is None:
+            asked = asked._replace(sync_dist=False)  # one process has no other to differ from
         resolved = resolve(name, hook, asked)
         if metric is not None and metric.options is not None:
             if metric.loader != loader:
@@ -170,14 +185,28 @@ class Metrics:
             suffix = f"/dataloader_idx_{loader}" if loader is not None and asked.add_dataloader_idx else ""
             if is_metric_object(value):
                 where = attribute_of(self.module, name, value, asked.metric_attribute)
-                metric = ObjectMetric(name, hook, suffix, loader, value, where)
+                metric = self._kinds(resolved.rank_zero_only)[1](name, hook, suffix, loader, value, where)
             else:
-                metric = Metric(name, hook, suffix, loader)
+                metric = self._kinds(resolved.rank_zero_only)[0](name, hook, suffix, loader)
             table.metrics[key] = metric
         metric.configure(resolved)  # a restored one has its running values already
+        if metric.weighted and not metric.on_epoch:  # a mean over processes, of batches that may have no size
+            metric.weighted = self._batch_has_size()
         metric.given = given
         table.logs_steps = table.logs_steps or (metric.on_step and metric.logger)
         return metric
+
+    def _kinds(self, alone: bool) -> tuple[type[Metric], type[ObjectMetric]]:
+        """Return the classes of what is logged: of one process, of all of them, of one of several."""
+        if self.exchange is None:
+            return Metric, ObjectMetric
+        return (Metric, OwnObject) if alone else (SharedMetric, SharedObject)
+
+    def _batch_has_size(self) -> bool:
+        try:
+            return self.batch is not None and bool(self._batch_size.of(self.batch))
+        except MisconfigurationException:
+            return False
 
     def publish(self, values: dict[str, Any]) -> None:
         """Put values among the callback metrics, where they stay until they are replaced."""
@@ -194,6 +223,63 @@ class Metrics:
         """Put a row's values among the logged metrics: whoever writes one past `log` wants them there, too."""
         self.seen_by_loggers.update({name: as_tensor(value) for name, value in values.items()})
 
+    # ------------------------------------------------------------------ several processes
+    def agree(self, where: str, empty: bool = False) -> None:
+        """Let what was logged by epoch be what all processes came to, when all of them call this.
+
+        Args:
+            where: the point in the run, for messages.
+            empty: this process was given no batch.
+        """
+        if self.exchange is None:
+            return
+        table = self.table
+        shown = [
+            metric
+            for metric in table.metrics.values()
+            if isinstance(metric, (SharedMetric, SharedObject))
+            and metric.logged
+            and metric.on_epoch
+            and metric.loader == table.loader
+        ]
+        agreed = self.exchange.on_epoch(where, shown, empty, self._of_others)
+        if len(agreed) > len(shown):  # in the order of all
+            theirs = {(one.hook, one.name, one.loader if one.suffix else None): one for one in agreed}
+            table.metrics = {key: one for key, one in table.metrics.items() if key not in theirs} | theirs
+
+    def agree_on_steps(self, now: bool = False) -> None:
+        """Let what was logged by step with sync_dist=True be what all processes came to.
+
+        Args:
+            now: even if nobody has logged anything of the kind lately.
+        """
+        if self.exchange is not None:
+            shown = [
+                metric
+                for metric in self.train.metrics.values()
+                if isinstance(metric, SharedMetric) and metric.logged and metric.synced
+            ]
+            self.exchange.on_step(shown, self.x, now)
+
+    def catch_up(self) -> None:
+        """Let what was logged until now be what all processes came to, before something is decided by it.
+
+        To be called by all processes. The values of an evaluation are agreed on when it is over.
+        """
+        if self.table is self.train:
+            if self.train.steps:
+                self.agree_on_steps(now=True)
+            else:
+                self.agree("the end of the epoch")
+
+    def _of_others(self, entry: Entry) -> Any:
+        """Return a name that other processes have logged, and this one was given no batch to log it for."""
+        metric: Any = self.table.metrics.get((entry.hook, entry.name, entry.loader if entry.suffix else None))
+        if metric is None:
+            metric = of_others(entry, object_at(self.module, entry.attribute) if entry.attribute else None)
+        metric.logged = True
+        return metric
+
     # ------------------------------------------------------------------ the run moves on
     def start_batches(self, hook: str) -> None:
         """From here on step values show."""
@@ -204,12 +290,14 @@ class Metrics:
         if self.batch is not None:  # else: a validation came after the last batch, and its values are newer
             self._keep()
         self.train.steps, self.batch = False, None
+        self.agree("the end of the epoch's batches")
 
     def end_epoch(self, whole: bool) -> dict[str, Any]:
         """Return the epoch's reductions for the loggers, and begin to collect for the next epoch.
 
         An epoch that a limit ended early keeps its running values, for a run that goes on inside it.
         """
+        self.agree("the end of the epoch")
         self._keep()
         values = self.train.for_loggers()
         if whole:
@@ -238,6 +326,7 @@ class Metrics:
         self._evaluated[index] = self._evaluated.get(index, 0) + batches
         self._keep()
         self.batch, self.table.steps = None, False
+        self.agree(f"the end of the {self.table.stage}'s loader {index}", empty=batches == 0)
         self._keep()
         self._results.append(self.table.for_loggers())
 
@@ -247,6 +336,7 @@ class Metrics:
 
     def end_evaluation(self) -> tuple[list[dict[str, float]], dict[str, Any]]:
         """Return a dict for each loader, and all values together."""
+        self.agree(f"the end of the {self.table.stage}")
         self._keep()
         common = self.table.for_loggers()
         together = {name: value for result in reversed(self._results) for name, value in result.items()}
@@ -323,7 +413,10 @@ class Metrics:
 
     # ------------------------------------------------------------------ resume
     def state_dict(self) -> dict[str, Any]:
-        """Return the running values of the epoch in progress and what was seen last."""
+        """Return the running values of the epoch in progress and what was seen last.
+
+        Of several processes, each has its own: see `resumed.share_of`.
+        """
         return {
             "train": [
                 copied(metric.state_dict())  # without graphs
@@ -337,6 +430,7 @@ class Metrics:
             "evaluated": [list(pair) for pair in self._evaluated.items()],
             "steps": self.train.steps,
             "objects": metric_states(self.module) if self._objects is None else self._objects,
+            **({} if self.exchange is None else {"part": self.exchange.part}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -350,20 +444,25 @@ class Metrics:
         load_metric_states(self.module, state["objects"])
         for saved in state["train"]:
             name, hook, suffix, loader = (saved[part] for part in ("name", "hook", "suffix", "loader"))
+            alone = saved.get("alone", False)
             if "attribute" in saved:
                 found = object_at(self.module, saved["attribute"])
                 if found is None:  # the module has no such metric any more
                     continue
-                metric: Metric = ObjectMetric(name, hook, suffix, loader, found, saved["attribute"])
+                metric: Metric = self._kinds(alone)[1](name, hook, suffix, loader, found, saved["attribute"])
             else:
-                metric = Metric(name, hook, suffix, loader)
+                metric = self._kinds(alone)[0](name, hook, suffix, loader)
             for part in (*metric.SAVED, *metric.RUNNING):
-                setattr(metric, part, copied(saved[part]))  # they change in place
+                if part in saved:  # else: it was saved by one process, and several have more to say
+                    setattr(metric, part, copied(saved[part]))  # they change in place
             self.train.metrics[hook, name, None] = metric
 
 
 class NoMetrics(Metrics):
     """A barebones run's: `log` warns once and does nothing."""
+
+    def __init__(self, module: nn.Module | None = None, has_logger: bool = True, strategy: Any = None) -> None:
+        super().__init__(module, has_logger)  # there is nothing that processes would agree on
 
     _warned = False
 

@@ -82,6 +82,9 @@ class Strategy:
     def sync(self, wanted: bool) -> None:
         """Say before a step's forward whether its gradients are averaged; with several processes."""
 
+    def sync_by_hand(self) -> None:
+        """Average the gradients after a step in which some process had no sample; with several processes."""
+
     def prepare_backward(self, loss: Tensor) -> None:
         """Prepare for a backward inside of the step (manual optimization); with several processes."""
 

@@ -1,0 +1,223 @@
+"""DDP in real processes: the same weights, metrics and files as one process, whatever number of them trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.processes import run
+
+PREAMBLE = """
+import json, os, sys
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from trainkit import Callback, Module, Trainer, seed_everything
+
+torch.set_num_threads(1)
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+GLOBAL_BATCH = 12
+
+
+class Net(Module):
+    def __init__(self, norm=False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16) if norm else nn.Tanh(), nn.Linear(16, 1))
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def data(samples=96, batch=None, **settings):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(samples, 8, generator=g), torch.randn(samples, 1, generator=g)
+    return DataLoader(TensorDataset(x, y), batch or GLOBAL_BATCH // WORLD, **settings)
+
+
+def trainer(**settings):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    return Trainer(**{**quiet, "accelerator": "cpu", "max_epochs": 2, **settings})
+
+
+def tell(**values):
+    print("told " + json.dumps(values), flush=True)
+
+
+def weights(module):
+    return [p.double().sum().item() for p in module.parameters()]
+"""
+
+
+def told(nproc: int, body: str, *args: str, timeout: float = 90) -> list[dict[str, Any]]:
+    """Run a body in so many processes and return what each of them told, by rank."""
+    results = run(nproc, PREAMBLE + body, *args, timeout=timeout)
+    values = []
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        lines = [line for line in result.stdout.splitlines() if line.startswith("told ")]
+        values.append(json.loads(lines[-1].removeprefix("told ")))
+    return values
+
+
+FIT = """
+settings = json.loads(sys.argv[1])
+module, seen = Net(), []
+t = trainer(**settings)
+t.fit(module, data(shuffle=True), data())
+tell(weights=weights(module), step=t.global_step, rank=t.global_rank, world=t.world_size, strategy=type(t.strategy).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"accumulate_grad_batches": 3},
+        {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2},
+        {"precision": "bf16-mixed"},
+    ],
+)
+def test_two_processes_train_what_one_does(settings: dict[str, Any]) -> None:
+    (alone,) = told(1, "seed_everything(3)" + FIT, json.dumps(settings))
+    both = told(2, "seed_everything(3)" + FIT, json.dumps(settings))
+    assert [part["rank"] for part in both] == [0, 1]
+    assert {part["world"] for part in both} == {2}
+    assert both[0]["weights"] == both[1]["weights"]
+    assert both[0]["step"] == alone["step"]
+    assert both[0]["strategy"] == "DDPStrategy"
+    tolerance = 1e-3 if "precision" in settings else 1e-5
+    torch.testing.assert_close(
+        torch.tensor(both[0]["weights"]), torch.tensor(alone["weights"]), rtol=tolerance, atol=tolerance
+    )
+
+
+STOP = """
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 5:
+            trainer.should_stop = True
+
+t = trainer(callbacks=[Stop()], max_epochs=100)
+t.fit(Net(), data())
+tell(step=t.global_step, stop=t.should_stop)
+"""
+
+
+def test_one_process_that_stops_stops_all_at_the_same_step() -> None:
+    first, second = told(2, STOP)
+    assert first == second
+    assert first["step"] == 6  # the wish went with the gradients of the next update
+
+
+SIGNAL = """
+import signal
+
+class Interrupt(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+t = trainer(callbacks=[Interrupt()], max_epochs=100, default_root_dir=sys.argv[1], enable_checkpointing=True)
+try:
+    t.fit(Net(), data())
+except SystemExit as left:
+    tell(step=t.global_step, code=left.code)
+"""
+
+
+def test_a_signal_to_one_process_ends_all_of_them_saved_at_the_same_step(tmp_path: Path) -> None:
+    first, second = told(2, SIGNAL, str(tmp_path / "run"))
+    assert first == second == {"step": 6, "code": 143}
+    assert len(list(tmp_path.rglob("*.ckpt"))) == 1
+
+
+MANUAL = """
+class Manual(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        for _ in range(2):
+            loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+module = Manual()
+t = trainer(log_every_n_steps=1)
+t.fit(module, data())
+tell(weights=weights(module), step=t.global_step)
+"""
+
+
+def test_manual_optimization_averages_gradients_in_each_backward() -> None:
+    (alone,) = told(1, MANUAL)
+    both = told(2, MANUAL)
+    assert both[0] == both[1]
+    torch.testing.assert_close(torch.tensor(both[0]["weights"]), torch.tensor(alone["weights"]))
+
+
+RESUME = """
+class Kill(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 11:
+            raise RuntimeError("here it ends")
+
+class Noisy(Net):
+    def __init__(self):
+        super().__init__()
+        self.net.insert(2, nn.Dropout(0.5))
+
+from trainkit.callbacks import ModelCheckpoint
+
+def settings(*more):
+    keep = ModelCheckpoint("c", every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    return {"callbacks": [keep, *more], "max_epochs": 3, "enable_checkpointing": True}
+
+seed_everything(5)
+whole = Noisy()
+trainer(**settings()).fit(whole, data(shuffle=True))
+part = Noisy()
+t = trainer(**settings())
+t.fit(part, data(shuffle=True), ckpt_path="c/step=10.ckpt")
+tell(same=weights(whole) == weights(part), whole=weights(whole), best=t.checkpoint_callback.best_model_path)
+"""
+
+
+def test_a_resumed_run_of_two_processes_is_the_same_to_the_last_bit() -> None:
+    first, second = told(2, RESUME)
+    assert first["same"]
+    assert first == second
+
+
+CONTROL_FLOW = """
+class Frozen(Net):
+    def on_train_epoch_start(self):
+        self.net[0].requires_grad_(self.current_epoch > 0)
+
+module = Frozen()
+trainer(max_epochs=2).fit(module, data())
+tell(weights=weights(module))
+"""
+
+
+def test_parameters_that_are_unfrozen_between_epochs_learn_on_all_processes() -> None:
+    (alone,) = told(1, CONTROL_FLOW)
+    both = told(2, CONTROL_FLOW)
+    assert both[0] == both[1]
+    torch.testing.assert_close(torch.tensor(both[0]["weights"]), torch.tensor(alone["weights"]))

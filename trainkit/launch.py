@@ -4,7 +4,7 @@ way      when                                           what runs in each proces
 ---      ----                                           -------------------------
 script   the program is a file or a module, such as     the same command again; this process waits, and ends with the
          `python train.py` or `trainkit fit`            exit code of the run: what is behind the call runs in the others
-spawn    it can't be started again: in pytest, or       the call itself (`trainer.fit(...)`); this process has afterwards
+spawn    it can't be started again: in pytest, or       the call itself (`trainer.fit(...)`); this process then has
          strategy="ddp_spawn"                           what rank 0 had: weights, metrics, counters, callbacks' states
 fork     a notebook or `python -c`, something that      the same
          can't be pickled, or strategy="ddp_fork"
@@ -104,8 +104,8 @@ def way_of(trainer: Trainer, arguments: Mapping[str, Any]) -> str:
         problem = unpicklable((trainer, dict(arguments)))
         if problem and wish == "spawn":
             raise MisconfigurationException(
-                f"strategy='ddp_spawn' hands the call to new processes, and it can't be pickled: {problem}. Define it in "
-                "a module of its own, or use strategy='ddp_fork'."
+                f"strategy='ddp_spawn' hands the call to new processes, and it can't be pickled: {problem}. Define it "
+                "in a module of its own, or use strategy='ddp_fork'."
             )
         way = "fork" if problem else "spawn"
     if way == "fork":
@@ -119,9 +119,9 @@ def check_nodes(world: World) -> None:
         program = shlex.join(_program(sys.orig_argv[1:])) or "train.py"
         raise MisconfigurationException(
             f"num_nodes={world.num_nodes}: nobody has started the processes on the other nodes. Start the program on "
-            f"each of them: torchrun --nnodes {world.num_nodes} --nproc-per-node {world.local_size} --rdzv-backend c10d "
-            f"--rdzv-endpoint FIRST_NODE:29500 {program}. Or in a job of SLURM: srun --nodes {world.num_nodes} "
-            f"--ntasks-per-node {world.local_size} python {program}."
+            f"each of them: torchrun --nnodes {world.num_nodes} --nproc-per-node {world.local_size} "
+            f"--rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 {program}. Or in a job of SLURM: "
+            f"srun --nodes {world.num_nodes} --ntasks-per-node {world.local_size} python {program}."
         )
 
 
@@ -131,10 +131,10 @@ def check_fork(trainer: Trainer) -> None:
         raise MisconfigurationException(
             "the processes can't be forked on this system. Put the program in a file and run it, or use torchrun."
         )
-    if trainer.strategy.device.type == "cuda" and torch.cuda.is_initialized():
+    if trainer.strategy.device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise MisconfigurationException(
-            "cuda is in use in this process already, and can't be used in a copy of it. Call the Trainer before anything "
-            "is put on a cuda device (restart the notebook), or put the program in a file and run it."
+            "cuda is in use in this process already, and can't be used in a copy of it. Call the Trainer before "
+            "anything is put on a cuda device (restart the notebook), or put the program in a file and run it."
         )
 
 
@@ -344,7 +344,7 @@ class Workers(logging.Handler):
                 max_restarts=0,  # a program that is to be restarted is started by torchrun
                 monitor_interval=0.05,
                 start_method=start_method,
-                logs_specs=DefaultLogsSpecs(self.folder, redirects={rank: Std.ERR for rank in range(1, self.count)}),
+                logs_specs=DefaultLogsSpecs(self.folder, redirects=dict.fromkeys(range(1, self.count), Std.ERR)),
             )
             try:
                 elastic_launch(config, entrypoint)(*arguments)
@@ -362,8 +362,9 @@ class Workers(logging.Handler):
     def _heard(self) -> Iterator[None]:
         """Hear what torch's agent logs; nobody else does, unless the user has asked for it by LOGLEVEL."""
         from torch.distributed.elastic import events
+        from torch.distributed.elastic.events.api import Event, EventSource
 
-        events.record(events.Event("trainkit.launch", events.EventSource.AGENT))  # makes the logger of the others
+        events.record(Event("trainkit.launch", EventSource.AGENT))  # makes the logger of the others
         heard = [logging.getLogger(name) for name in (*LOGGERS, EVENTS)]
         before = [(logger.propagate, logger.level) for logger in heard]
         for logger in heard:
@@ -541,7 +542,8 @@ class Workers(logging.Handler):
     def _show(self, found: Failure, errors: Mapping[int, Mapping[str, Any]]) -> None:
         lines = [found.trace.rstrip() or found.said.rstrip(), f"{found.how}; the other processes are ended."]
         for rank in sorted(errors.keys() - {found.rank}):
-            lines.append(self._failure(rank, errors).how)
+            lost = errors[rank].get("trainkit", {}).get("lost")
+            lines.append(f"rank {rank} lost its connection" if lost else self._failure(rank, errors).how)
         sys.stdout.flush()
         print(*filter(None, lines), sep="\n", file=sys.stderr, flush=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch.multiprocessing import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from trainkit import launched
 from trainkit.components import module_of
@@ -167,7 +167,8 @@ def join(trainer: Trainer, world: World, arguments: Mapping[str, Any]) -> None:
     module = arguments.get("model")
     if isinstance(module, torch.nn.Module):
         for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.is_shared() and tensor.device.type == "cpu":  # each process trains weights of its own
+            if tensor.device.type == "cpu" and tensor.is_shared():  # type: ignore[no-untyped-call]
+                # each process trains weights of its own
                 tensor.data = tensor.data.clone()
 
 
@@ -198,8 +199,8 @@ def take_weights(module: Module, weights: Mapping[str, Any]) -> None:
     lacking, surplus = module.load_state_dict(weights, strict=False)
     if lacking or surplus:
         warn(
-            f"not all weights came back from the processes that trained them: {', '.join([*surplus, *lacking])}. What a "
-            "hook such as `setup` makes is made in those processes only; make it in __init__ or configure_model."
+            f"not all weights came back from the processes that trained them: {', '.join([*surplus, *lacking])}. What "
+            "a hook such as `setup` makes is made in those processes only; make it in __init__ or configure_model."
         )
 
 

@@ -7,8 +7,8 @@ begin        once a process, when its first Trainer is made
   rank log    rank 0 has the terminal; warnings of the others go to logs/rank1.log and so on in the run's directory
 keep_log     once the run has a directory
 
-Of processes that the Trainer started itself (launch.py) all of stderr goes to that file, and their agent shows the error
-that ended the run. Those of torchrun, SLURM and MPI keep stderr, and with it their tracebacks.
+Of processes that the Trainer started itself (launch.py) all of stderr goes to that file, and their agent shows the
+error that ended the run. Those of torchrun, SLURM and MPI keep stderr, and with it their tracebacks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ PR_SET_PDEATHSIG = 1
 
 LOST = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Timed out waiting",
-    "failed on rank 0:", "NCCL communicator was aborted", "remote process exited", "recvValue failed", "sendBytes failed",
+    "failed on rank 0:", "NCCL communicator was aborted", "remote process exited", "recvValue failed",
+    "sendBytes failed",
 )  # fmt: skip
 """What errors say that are no cause, but come of another process's end."""
 

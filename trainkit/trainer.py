@@ -259,7 +259,8 @@ class Trainer(Status):
             CheckpointError: the checkpoint is missing, damaged or does not fit.
         """
         if launch.needed(self.strategy.world):
-            return launch.launch(self, "fit", locals())
+            launch.launch(self, "fit", locals())
+            return
         self.ckpt_strict = ckpt_strict
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         ckpt_path = slurm.noted_checkpoint(self) or self._named_checkpoint(ckpt_path)
@@ -296,7 +297,8 @@ class Trainer(Status):
             weights_only: kept for Lightning's signature; nothing in a file is ever executed.
         """
         if launch.needed(self.strategy.world):
-            return launch.launch(self, "validate", locals())
+            results: list[dict[str, float]] = launch.launch(self, "validate", locals())
+            return results
         return self._evaluate("validate", "val", model, dataloaders, ckpt_path, verbose, datamodule)
 
     def test(
@@ -310,7 +312,8 @@ class Trainer(Status):
     ) -> list[dict[str, float]]:
         """Evaluate on the test set; arguments and result as for `validate`."""
         if launch.needed(self.strategy.world):
-            return launch.launch(self, "test", locals())
+            results: list[dict[str, float]] = launch.launch(self, "test", locals())
+            return results
         return self._evaluate("test", "test", model, dataloaders, ckpt_path, verbose, datamodule)
 
     def predict(
@@ -333,7 +336,8 @@ class Trainer(Status):
             weights_only: kept for Lightning's signature; nothing in a file is ever executed.
         """
         if launch.needed(self.strategy.world):
-            return launch.launch(self, "predict", locals())
+            launched: list[Any] | None = launch.launch(self, "predict", locals())
+            return launched
         keep = return_predictions is not False
         ckpt_path = self._default_checkpoint(model, ckpt_path)
         run = running(self, TrainerFn.PREDICTING, model, datamodule, ckpt_path, {"predict": dataloaders})

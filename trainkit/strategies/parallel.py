@@ -49,6 +49,8 @@ class ParallelStrategy(Strategy):
         super().__init__(device)
         self.process_group_backend, self.timeout = process_group_backend, timeout
         self.world = world or World()
+        self.devices: list[torch.device] = []
+        """The devices of all processes on this node; the Trainer says so."""
         self.sync_batchnorm = False
         """Whether batch norms use the batches of all processes; the Trainer says so."""
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []

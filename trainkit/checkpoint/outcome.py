@@ -50,13 +50,28 @@ class Keeper(Protocol):
     @property
     def on_save_error(self) -> str: ...
     def _outcome(self, decision: Decision) -> Outcome: ...
-    def _seen(self) -> dict[str, Any]: ...
-    def _follow(self, seen: dict[str, Any]) -> None: ...
     def _best(self) -> policy.Keep: ...
     def _also(self) -> policy.Keep: ...
     def _set(self, attributes: dict[str, Any]) -> None: ...
     def _claimed_by_others(self, trainer: Trainer) -> set[str]: ...
     def _free_path(self, decision: Decision, template: str | None, taken: set[str], replaceable: set[str]) -> str: ...
+
+
+FOLLOWED = (
+    "current_score", "best_model_score", "best_model_path", "best_k_models", "kth_best_model_path", "kth_value",
+    "last_model_path", "failed_saves", "_files", "_written", "_missed", "_waiting",
+)  # fmt: skip
+"""What the processes that do not write learn from the one that does."""
+
+
+def seen(callback: Keeper) -> dict[str, Any]:
+    """Return how the process that writes sees a callback's files."""
+    return {name: getattr(callback, name) for name in FOLLOWED}
+
+
+def follow(callback: Keeper, seen: dict[str, Any]) -> None:
+    """Take over how rank 0 sees them."""
+    vars(callback).update(seen)
 
 
 def outcome_of(callback: Keeper, decision: Decision) -> Outcome:

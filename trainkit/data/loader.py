@@ -101,6 +101,7 @@ class Loader(Batches):
         self.limit_to = partial(limited, limit=limit, name=name, argument=argument, may_be_empty=may_be_empty)
         self.num_batches = self.limit_to(self.claimed)
         self._resumed = False
+        self._dealt_evenly = (-1, 0)  # in this epoch so many batches are
         if mustered is not None:
             mustered.dismiss()
 
@@ -143,15 +144,16 @@ class Loader(Batches):
 
     def share(self, epoch: int, batch_idx: int, lap: int = 0) -> float:
         """Return by what a loss that is a mean over the samples of a batch counts among those of all processes."""
-        if not self.sliced or self.indexed is None:
+        if (epoch == self._dealt_evenly[0] and batch_idx < self._dealt_evenly[1]) or not self.sliced:
             return 1.0
-        total = self.samples
-        return self.indexed.slices_in(epoch, lap).share(batch_idx, total)
+        assert self.indexed is not None
+        return self.indexed.slices_in(epoch, lap).share(batch_idx, self.samples)
 
     def lacking(self, epoch: int, batch_idx: int, lap: int = 0) -> bool:
         """Whether some process has no sample of a batch: all of them know it, and that one gets `EMPTY`."""
-        if not self.sliced or self.indexed is None:
+        if (epoch == self._dealt_evenly[0] and batch_idx < self._dealt_evenly[1]) or not self.sliced:
             return False
+        assert self.indexed is not None
         slices = self.indexed.slices_in(epoch, lap)
         return slices.length(batch_idx, self.samples) < slices.parts
 
@@ -216,8 +218,15 @@ class Loader(Batches):
         else:
             batches = self._opened(epoch, start, lap)
         if self.sliced and self.even:
+            self._note_even_batches(epoch)
             batches = self._with_empty_ones(batches, start)
         return batches if self.begun is None else self.begun.to_its_end(batches, start, self.claimed)
+
+    def _note_even_batches(self, epoch: int) -> None:
+        assert self.indexed is not None
+        slices, total = self.indexed.slices_in(epoch), self.samples
+        known = slices.size % slices.parts == 0 and total < math.inf
+        self._dealt_evenly = epoch, slices.count(int(total), drop_last=True) if known else 0
 
     def _with_empty_ones(self, batches: Iterator[Any], index: int) -> Iterator[Any]:
         for batch in batches:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainkit import arguments
+from trainkit import arguments, launched
 from trainkit.accelerators import Accelerator, of_device
 from trainkit.callback import Callback
 from trainkit.checkpoint.io import CheckpointIO
 from trainkit.devices import resolve as resolve_devices
-from trainkit.environment import world_of
+from trainkit.environment import announce, world_of
 from trainkit.errors import DuplicateStateError, MisconfigurationException, warn
 from trainkit.hooks import is_overridden, overrides
 from trainkit.loggers import DummyLogger, FileLogger, Logger, TensorBoardLogger
@@ -60,6 +60,9 @@ class Parts:
         self.accelerator, devices = accelerator_of(given["accelerator"], given["devices"], given["gpus"])
         counted = given["devices"] != "auto" or given["gpus"] is not None
         self.world = world_of(len(devices) if counted else None, trainer.num_nodes, len(devices))
+        launched.begin(self.world)
+        if not launched.is_ours():  # else the process that started this one has told
+            announce(self.world)
         self.strategy = strategy_of(given["strategy"], devices, self.world)
         if isinstance(self.strategy, ParallelStrategy):
             self.strategy.sync_batchnorm = trainer.sync_batchnorm
@@ -122,7 +125,7 @@ def strategy_of(given: str | Strategy, devices: list[torch.device], world: World
     """
     device = devices[world.local_rank % len(devices)]
     if isinstance(given, ParallelStrategy):
-        given.device, given.world = device, world
+        given.device, given.world, given.devices = device, world, devices
         return given
     if isinstance(given, Strategy):
         return given
@@ -138,7 +141,9 @@ def strategy_of(given: str | Strategy, devices: list[torch.device], world: World
             f"strategy must be one of 'auto', 'single_device', {', '.join(map(repr, STARTS))}, or a Strategy object. "
             f"Received: {given!r}."
         )
-    return DDPStrategy(device=device, world=world, **settings)
+    strategy = DDPStrategy(device=device, world=world, **settings)
+    strategy.devices = devices
+    return strategy
 
 
 def compiler_of(given: bool | str | dict[str, Any], device: torch.device) -> Compiler | None:

@@ -108,7 +108,7 @@ def _of_slurm(environ: Mapping[str, str]) -> World:
 def _tasks_per_node(environ: Mapping[str, str], size: int, nodes: int) -> list[int]:
     """Return how many tasks each node has, [] when SLURM does not say, or says it of more than this step."""
     name = _of_step(environ, "SLURM_TASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE")
-    tasks = []
+    tasks: list[int] = []
     for part in environ.get(name, "").split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if found is None:

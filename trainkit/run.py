@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit import channels_last, components, resume_hint
+from trainkit import channels_last, components, launched, resume_hint
 from trainkit.agreement import Agreement
 from trainkit.checkpoint import changes, restore
 from trainkit.data.sources import Sources
@@ -79,6 +79,7 @@ def running(
             trainer.state.status = TrainerStatus.FINISHED
             raise
         except BaseException as error:
+            launched.note(error)
             interrupted = trainer.interruption.signal is not None or isinstance(error, KeyboardInterrupt)
             status = "interrupted" if interrupted else "failed"
             trainer.state.status = TrainerStatus.INTERRUPTED
@@ -158,6 +159,7 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     trainer.read_checkpoint(ckpt_path, stage)
     if fitting:
         components.claim_directories(trainer.loggers, trainer.strategy)
+    launched.keep_log(trainer)
     if trainer.actions is not None:  # the run's directory is known by now
         set_profiler_up(trainer, stage)
     for part in data:

@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeGuard
 
+from trainkit.rank_zero import current_rank
+
 NOTED = tuple(
     number
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -102,6 +104,8 @@ class Interruption:
         self._tell(number)
 
     def _tell(self, number: int) -> None:
+        if current_rank() > 0:
+            return
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         took = "" if self.save_seconds is None else f" (saves took up to {self.save_seconds:.1f} s)"
         # straight to the terminal: Python's streams may be in the middle of a write, which a handler can't enter again

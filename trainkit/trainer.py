@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainkit import arguments, components, loop, slurm
+from trainkit import arguments, components, launch, loop, slurm
 from trainkit.accelerators import Accelerator
 from trainkit.advice import Report, report
 from trainkit.callback import Callback
@@ -258,6 +258,9 @@ class Trainer(Status):
             MisconfigurationException: something in the module, the data or the settings can't work.
             CheckpointError: the checkpoint is missing, damaged or does not fit.
         """
+        if launch.needed(self.strategy.world):
+            launch.launch(self, "fit", locals())
+            return
         self.ckpt_strict = ckpt_strict
         sources = {"train": train_dataloaders, "val": val_dataloaders}
         ckpt_path = slurm.noted_checkpoint(self) or self._named_checkpoint(ckpt_path)
@@ -293,6 +296,9 @@ class Trainer(Status):
             datamodule: instead of loaders.
             weights_only: kept for Lightning's signature; nothing in a file is ever executed.
         """
+        if launch.needed(self.strategy.world):
+            results: list[dict[str, float]] = launch.launch(self, "validate", locals())
+            return results
         return self._evaluate("validate", "val", model, dataloaders, ckpt_path, verbose, datamodule)
 
     def test(
@@ -305,6 +311,9 @@ class Trainer(Status):
         weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """Evaluate on the test set; arguments and result as for `validate`."""
+        if launch.needed(self.strategy.world):
+            results: list[dict[str, float]] = launch.launch(self, "test", locals())
+            return results
         return self._evaluate("test", "test", model, dataloaders, ckpt_path, verbose, datamodule)
 
     def predict(
@@ -326,6 +335,9 @@ class Trainer(Status):
             ckpt_path: load the weights of this file first, of "best" or of "last".
             weights_only: kept for Lightning's signature; nothing in a file is ever executed.
         """
+        if launch.needed(self.strategy.world):
+            launched: list[Any] | None = launch.launch(self, "predict", locals())
+            return launched
         keep = return_predictions is not False
         ckpt_path = self._default_checkpoint(model, ckpt_path)
         run = running(self, TrainerFn.PREDICTING, model, datamodule, ckpt_path, {"predict": dataloaders})

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, MapDataPipe
 
 from trainkit.data.batches import EMPTY as EMPTY
 from trainkit.data.batches import Batches as Batches
+from trainkit.data.distributed import deals_itself
 from trainkit.data.failure import named
 from trainkit.data.indexed import Indexed, alone, batch_size_of, in_memory, size_kept
-from trainkit.data.samplers import length_of, sampler_of, set_epoch
+from trainkit.data.samplers import can_do_without_state, length_of, sampler_of, set_epoch, without_state
 from trainkit.data.seeding import kept
 from trainkit.data.served import ByIndex
 from trainkit.data.stateful import Begun, Remembered, has_state, stateful_sampler, tell_of_draws, tell_of_order
@@ -81,7 +82,8 @@ class Loader(Batches):
             raise TypeError(f"{name} must be an iterable of batches. Received: {received}.{hint}")
         self.source = source
         self.read_once = isinstance(source, Iterator)
-        self.remembered: Remembered | None = Remembered(source) if has_state(source) else None
+        shared = shard[1] > 1 and deal and can_do_without_state(source) and not deals_itself(source)
+        self.remembered: Remembered | None = Remembered(source) if has_state(source) and not shared else None
         self.begun: Begun | None = None
         self.seed = seed
         self.indexed: Indexed | None = None
@@ -91,7 +93,7 @@ class Loader(Batches):
         self._by_index: ByIndex | None = None  # the data set of a DataLoader that keeps its own order
         self.iterable: Any = source
         if isinstance(source, DataLoader) and self.remembered is None:  # StatefulDataLoader has an order of its own
-            self.iterable = self._adapt(source, keep, mustered, pinned)
+            self.iterable = self._adapt(without_state(source) if shared else source, keep, mustered, pinned)
         elif isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
             self._by_index = ByIndex(source.dataset, name)
         self.claimed = length_of(self.iterable)

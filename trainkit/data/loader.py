@@ -261,7 +261,7 @@ class Loader(Batches):
         self._resumed = False
         if isinstance(self.source, DataLoader) and self.iterable is not self.source:
             if self.indexed is not None:
-                tell_of_order(self.name, self.source)
+                tell_of_order(self.name, self.indexed.source)
             saved = self.remembered is not None
             tell_of_draws(self.name, self.source.dataset, self.source.num_workers, saved)
 

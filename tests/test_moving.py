@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from trainkit.moving import move_data_to_device, recursive_detach
+from trainkit.moving import move_data_to_device, recursive_detach, tensors_on_device
 
 
 @dataclass
@@ -42,3 +43,13 @@ def test_detached_data_keep_their_values_and_containers() -> None:
     assert not detached["loss"].requires_grad
     assert torch.equal(detached["loss"], torch.full((2,), 2.0))
     assert (detached["more"][0].requires_grad, detached["more"][1]) == (False, 3)
+
+
+def test_numbers_become_tensors_in_their_containers() -> None:
+    data = {"a": [1, 2.5, True], "b": (torch.ones(2), np.zeros(3)), "c": "text", "d": None}
+    found = tensors_on_device(data, "cpu")
+    assert [value.dtype for value in found["a"]] == [torch.int64, torch.float32, torch.uint8]
+    assert [value.item() for value in found["a"]] == [1, 2.5, 1]
+    assert found["b"][0] is data["b"][0]
+    assert torch.equal(found["b"][1], torch.zeros(3, dtype=torch.float64))
+    assert (found["c"], found["d"], type(found["b"])) == ("text", None, tuple)

@@ -46,7 +46,7 @@ class Agreement:
 
     # ---- a batch
     def begin_batch(self, batch_idx: int, averages: bool) -> None:
-        """Prepare for a batch.
+        """Prepare for a batch; what this process wishes goes with its gradients.
 
         Args:
             batch_idx: which of the epoch.
@@ -57,6 +57,10 @@ class Agreement:
         self._by_hand = averages and self._lacking
         self._share = train.share(epoch, batch_idx)
         self.trainer.strategy.sync(averages and not self._lacking)
+        wish = (self.trainer.should_stop, self.trainer.interruption.signal)
+        if wish != self._told:
+            self._told = wish
+            self.wishes.own.copy_(self._wished())
 
     def weigh(self, loss: Tensor) -> Tensor:
         """Return the loss as it counts among those of all processes: by its samples."""
@@ -79,16 +83,12 @@ class Agreement:
 
     # ---- decisions
     def step(self) -> None:
-        """Hear what was wished with the gradients of this update, and wish with the next one's."""
+        """Hear what was wished with the gradients of this update."""
         heard = self.wishes.heard()
         if heard is not None and self.device.type == "cpu":
             self._take(heard)
         elif heard is not None:
             self._hear_later(heard)
-        wish = (self.trainer.should_stop, self.trainer.interruption.signal)
-        if wish != self._told:
-            self._told = wish
-            self.wishes.own.copy_(self._wished())
 
     def now(self) -> None:
         """Ask each other now; all processes call it at the same place."""

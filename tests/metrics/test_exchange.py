@@ -232,7 +232,15 @@ for metrics.x in range(4):
     found["shown"].append({name: float(value) for name, value in metrics.callback_metrics.items()})
 metrics.end_batches()
 found["epoch"] = float(metrics.callback_metrics["mean_epoch"])
-found["calls"] = calls
+found["calls"] = calls.copy()
+
+calls.clear()
+metrics = Metrics(strategy=strategy)
+metrics.start_batches(TRAIN_BATCH)
+for metrics.x in range(120):  # a row for each update
+    metrics.log("own", float(RANK))
+    metrics.agree_on_steps()
+found["calls_without_sync"] = len(calls)
 tell(**found)
 
 # The last process ends; another one waits for it.
@@ -250,9 +258,7 @@ def told(stdout: str) -> Any:
 
 
 def told_by(results: list[Result]) -> list[Any]:
-    for result in results:
-        assert result.returncode == 0, result.stderr
-    return [told(result.stdout) for result in results]
+    return [told(result.out) for result in results]
 
 
 def told_alone(source: str) -> Any:
@@ -308,7 +314,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     pytest.importorskip("torchmetrics")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("objects"))
-        return [told_alone(OBJECTS), *told_by(run(2, OBJECTS))]
+        return [told_alone(OBJECTS), *told_by(run(2, OBJECTS, timeout=110))]
 
 
 @pytest.mark.parametrize("samples", ["103", "8", "1"])
@@ -380,11 +386,12 @@ def test_no_process_tells_another_anything_but_at_log_points_and_ends(
     for here in found(4):
         point = ["reduce"] * 3  # keys, sums, extremes
         assert here["calls"] == [*point, "point", *point, "point", "reduce", "reduce"]
+        assert here["calls_without_sync"] == 3  # in 120 updates with a row each, of which nobody wants a common value
     assert found(1)[0]["calls"] == ["point", "point"]
 
 
 def test_a_process_that_never_comes_is_an_error_that_says_so(results: Callable[[int], list[Result]]) -> None:
-    said = next(line for line in results(2)[0].stdout.splitlines() if line.startswith("waited"))
+    said = next(line for line in results(2)[0].out.splitlines() if line.startswith("waited"))
     assert "process 0 of 2 waited at the end of the validation's loader 0 for the others" in said
 
 
@@ -456,7 +463,7 @@ tell(
 
 def test_processes_decide_alike_whatever_each_of_them_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second = told_by(run(2, DECISIONS))
+    first, second = told_by(run(2, DECISIONS, timeout=110))
     rows = first.pop("rows")
     second.pop("rows")
     assert first == second
@@ -466,3 +473,54 @@ def test_processes_decide_alike_whatever_each_of_them_sees(tmp_path: Path, monke
     assert rows == [1.5, 3.5] * 3
     assert first["scores"] == [0.5, 1.5, 2.5, 3.5]  # after updates 3, 6, 9 and 12
     assert first["gathered"] == [[[0, 1], [1.5, 1.5]], [[0, 0], [1, 1]]]
+
+
+HALF_AN_EPOCH = (
+    PREAMBLE
+    + """
+from torch.utils.data import DataLoader
+from trainkit import Module, Trainer
+
+
+class Net(Module):
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        for reduce in ("mean", "sum", "min", "max"):
+            self.log(reduce, batch.sum() / len(batch), on_step=False, on_epoch=True, reduce_fx=reduce)
+        self.log("samples", len(batch), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
+        if batch_idx == 0:
+            self.log("first", float(len(batch)), on_step=False, on_epoch=True, reduce_fx="sum")
+        return self.line(batch[:, None]).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+steps, before, after = sys.argv[1:]
+trainer = Trainer(
+    accelerator="cpu", max_epochs=1, max_steps=int(steps), logger=False, enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False,
+)
+warnings.simplefilter("ignore")  # other batches than before
+data = DataLoader(torch.arange(48.0), batch_size=12 // WORLD)
+trainer.fit(Net(), data, ckpt_path=before or None, ckpt_strict=False)
+trainer.save_checkpoint(after)
+tell(**{name: float(value) for name, value in trainer.callback_metrics.items() if name not in ("min", "max", "sum")})
+"""
+)
+
+
+@pytest.mark.slow
+def test_half_an_epoch_of_three_processes_goes_on_in_two_and_ends_in_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (whole,) = told_by(run(1, HALF_AN_EPOCH, "-1", "", "whole.ckpt"))
+    three = told_by(run(3, HALF_AN_EPOCH, "1", "", "three.ckpt"))
+    two = told_by(run(2, HALF_AN_EPOCH, "2", "three.ckpt", "two.ckpt"))
+    one = told_by(run(1, HALF_AN_EPOCH, "-1", "two.ckpt", "one.ckpt"))
+    assert [each["samples"] for each in (*three, *two, *one)] == [12, 12, 12, 24, 24, 48]
+    assert one == [whole]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from tests.processes import run
 
 PREAMBLE = """
 import json, os, sys
@@ -61,15 +62,23 @@ def weights(module):
 """
 
 
-def told(nproc: int, body: str, *args: str, timeout: float = 90) -> list[dict[str, Any]]:
-    """Run a body in so many processes and return what each of them told, by rank."""
-    results = run(nproc, PREAMBLE + body, *args, timeout=timeout)
-    values = []
-    for result in results:
-        assert result.returncode == 0, result.stderr
-        lines = [line for line in result.stdout.splitlines() if line.startswith("told ")]
-        values.append(json.loads(lines[-1].removeprefix("told ")))
-    return values
+Told = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def told(processes: Callable[..., list[Any]]) -> Told:
+    """Run a body in so many processes and return what each of them told, by rank; one is a plain `python x.py`."""
+
+    def run(nproc: int, body: str, *args: str) -> list[dict[str, Any]]:
+        if nproc == 1:
+            command = [sys.executable, "-c", PREAMBLE + body, *args]
+            outs = [subprocess.run(command, capture_output=True, text=True, check=True, timeout=90).stdout]
+        else:
+            outs = [result.out for result in processes(nproc, PREAMBLE + body, *args, timeout=90)]
+        lines = [[line for line in out.splitlines() if line.startswith("told ")][-1] for out in outs]
+        return [json.loads(line.removeprefix("told ")) for line in lines]
+
+    return run
 
 
 FIT = """
@@ -77,7 +86,8 @@ settings = json.loads(sys.argv[1])
 module, seen = Net(), []
 t = trainer(**settings)
 t.fit(module, data(shuffle=True), data())
-tell(weights=weights(module), step=t.global_step, rank=t.global_rank, world=t.world_size, strategy=type(t.strategy).__name__)
+kind = type(t.strategy).__name__
+tell(weights=weights(module), step=t.global_step, rank=t.global_rank, world=t.world_size, strategy=kind)
 """
 
 
@@ -90,7 +100,7 @@ tell(weights=weights(module), step=t.global_step, rank=t.global_rank, world=t.wo
         {"precision": "bf16-mixed"},
     ],
 )
-def test_two_processes_train_what_one_does(settings: dict[str, Any]) -> None:
+def test_two_processes_train_what_one_does(told: Told, settings: dict[str, Any]) -> None:
     (alone,) = told(1, "seed_everything(3)" + FIT, json.dumps(settings))
     both = told(2, "seed_everything(3)" + FIT, json.dumps(settings))
     assert [part["rank"] for part in both] == [0, 1]
@@ -116,7 +126,7 @@ tell(step=t.global_step, stop=t.should_stop)
 """
 
 
-def test_one_process_that_stops_stops_all_at_the_same_step() -> None:
+def test_one_process_that_stops_stops_all_at_the_same_step(told: Told) -> None:
     first, second = told(2, STOP)
     assert first == second
     assert first["step"] == 6  # the wish went with the gradients of the next update
@@ -138,7 +148,7 @@ except SystemExit as left:
 """
 
 
-def test_a_signal_to_one_process_ends_all_of_them_saved_at_the_same_step(tmp_path: Path) -> None:
+def test_a_signal_to_one_process_ends_all_of_them_saved_at_the_same_step(told: Told, tmp_path: Path) -> None:
     first, second = told(2, SIGNAL, str(tmp_path / "run"))
     assert first == second == {"step": 6, "code": 143}
     assert len(list(tmp_path.rglob("*.ckpt"))) == 1
@@ -165,7 +175,7 @@ tell(weights=weights(module), step=t.global_step)
 """
 
 
-def test_manual_optimization_averages_gradients_in_each_backward() -> None:
+def test_manual_optimization_averages_gradients_in_each_backward(told: Told) -> None:
     (alone,) = told(1, MANUAL)
     both = told(2, MANUAL)
     assert both[0] == both[1]
@@ -199,7 +209,7 @@ tell(same=weights(whole) == weights(part), whole=weights(whole), best=t.checkpoi
 """
 
 
-def test_a_resumed_run_of_two_processes_is_the_same_to_the_last_bit() -> None:
+def test_a_resumed_run_of_two_processes_is_the_same_to_the_last_bit(told: Told) -> None:
     first, second = told(2, RESUME)
     assert first["same"]
     assert first == second
@@ -216,8 +226,34 @@ tell(weights=weights(module))
 """
 
 
-def test_parameters_that_are_unfrozen_between_epochs_learn_on_all_processes() -> None:
+def test_parameters_that_are_unfrozen_between_epochs_learn_on_all_processes(told: Told) -> None:
     (alone,) = told(1, CONTROL_FLOW)
     both = told(2, CONTROL_FLOW)
     assert both[0] == both[1]
     torch.testing.assert_close(torch.tensor(both[0]["weights"]), torch.tensor(alone["weights"]))
+
+
+UNEVEN = """
+samples = int(sys.argv[1])
+module = Net()
+seen = []
+class See(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        seen.append(0 if batch is None else len(batch[0]))
+
+t = trainer(callbacks=[See()], max_epochs=1)
+t.fit(module, data(samples, shuffle=True), data(samples))
+tell(weights=weights(module), step=t.global_step, seen=seen, val=float(t.callback_metrics["val"]),
+     loss=float(t.callback_metrics["loss_epoch"]))
+"""
+
+
+@pytest.mark.parametrize("samples", [97, 100])
+def test_what_is_left_at_the_end_of_an_epoch_counts_by_samples(told: Told, samples: int) -> None:
+    (alone,) = told(1, "seed_everything(2)" + UNEVEN, str(samples))
+    several = told(3, "seed_everything(2)" + UNEVEN, str(samples))
+    assert sum(sum(part["seen"]) for part in several) == samples
+    assert {len(part["seen"]) for part in several} == {len(alone["seen"])}
+    assert several[0]["weights"] == several[1]["weights"] == several[2]["weights"]
+    for name in ("weights", "val", "loss"):
+        torch.testing.assert_close(torch.tensor(several[0][name]), torch.tensor(alone[name]), rtol=1e-5, atol=1e-6)

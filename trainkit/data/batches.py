@@ -45,8 +45,6 @@ class Batches:
     """Whether an epoch without a batch is an error, even when no length promises one."""
     read_once = False
     """Whether it is an iterator, which gives its batches once and never again."""
-    counted_on = False
-    """Whether other processes rely on its length."""
     looks_ahead = 2
     """How many batches it may look ahead while it asks other processes; 1 where states are saved."""
 
@@ -154,16 +152,8 @@ class Batches:
             yield index, batch, False
             batch, index = following, index + 1
             del following
-        if index + 1 < limit and self.claimed != math.inf and self.counted_on:
-            raise MisconfigurationException(
-                f"{self.name} yielded {index + 1} batches although its length is {self.claimed}, and the other "
-                "processes would wait for this one. Let its length be what it yields, or let it have none."
-            )
-        if index + 1 < limit and self.claimed != math.inf and not self._warned:
-            self._warned = True
-            warn(
-                f"{self.name} yielded {index + 1} batches although its length is {self.claimed}; the epoch ends there."
-            )
+        if index + 1 < limit:
+            self._tell_of_fewer(index + 1)
         yield index, batch, True
 
     def _in_step(
@@ -199,13 +189,20 @@ class Batches:
         rank = question.first_to_end()
         if rank is None:
             return False
-        if not question.everywhere() and not self._warned:
+        if question.everywhere() and batches > 0:
+            self._tell_of_fewer(batches)
+        elif not question.everywhere() and not self._warned:
             self._warned = True
             warn(
                 f"{self.name} gave {batches} batches on rank {rank} and more on others: the epoch ends there for all. "
                 "Let every process have as many, or limit_train_batches say how many there are."
             )
         return True
+
+    def _tell_of_fewer(self, batches: int) -> None:
+        if self.claimed != math.inf and not self._warned:
+            self._warned = True
+            warn(f"{self.name} yielded {batches} batches although its length is {self.claimed}; the epoch ends there.")
 
     def _tell_of_no_batch(self) -> None:
         once = " A generator can be read once only; give something that can be iterated over again."

@@ -107,6 +107,9 @@ def agree(strategy: Strategy, seed: int, loaders: list[Loader], made: Sequence[B
 
 
 def _listed(words: list[Any]) -> str:
+    if len(words) > 1:
+        kinds = [sliced for _, _, sliced, _ in words]
+        return f"{len(words)} loaders" + (f" ({kinds.count(False)} with data of their own)" if not all(kinds) else "")
     return ", ".join(f"{name}{'' if sliced else ' (with data of its own)'}" for name, _, sliced, _ in words)
 
 
@@ -122,8 +125,9 @@ def _check_same_data(name: str, lengths: list[float]) -> None:
 def _end_together(strategy: Strategy, loader: Loader, made: Batches, lengths: list[float]) -> None:
     """Let the epochs of data that each process has for itself end with the shortest."""
     least, most = min(lengths), max(lengths)
-    if most == math.inf:
+    if loader.indexed is None or not loader.indexed.sure:  # a length is a promise that a stream may not keep
         _ask_for_more(strategy, made)
+    if most == math.inf:
         least = most
     elif least < most:
         warn(
@@ -132,7 +136,6 @@ def _end_together(strategy: Strategy, loader: Loader, made: Batches, lengths: li
         )
     if loader.claimed != least:
         loader.claimed, loader.num_batches = least, loader.limit_to(least)
-    made.counted_on = made.counted_on or (least < math.inf and len(lengths) > 1)
 
 
 def _ask_for_more(strategy: Strategy, made: Batches) -> None:

@@ -108,6 +108,7 @@ class DDPStrategy(ParallelStrategy):
         """Have the gradients of a backward averaged that the step itself runs, inside of its forward."""
         if self.model is not None:
             wants = self.settings["find_unused_parameters"] and not self.settings["static_graph"]
+            self.model.reducer._rebuild_buckets()
             self.model.reducer.prepare_for_backward(list(_find_tensors(loss)) if wants else [])  # type: ignore[no-untyped-call]
 
     def sync_by_hand(self) -> None:

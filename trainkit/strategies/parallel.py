@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import pickle
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from trainkit.tree import map_tensors
 from trainkit.world import World
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.001, 0.1  # seconds between two looks for what rank 0 has done
+_calls = itertools.count()  # of on_rank_zero, by all strategies of the process: the group has one store
 OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
@@ -53,7 +54,6 @@ class ParallelStrategy(Strategy):
         self.sync_batchnorm = False
         """Whether batch norms use the batches of all processes; the Trainer says so."""
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        self._calls = 0  # of on_rank_zero: all processes make the same ones
 
     @property
     def backend(self) -> str:
@@ -80,7 +80,7 @@ class ParallelStrategy(Strategy):
     def setup(self, module: nn.Module) -> None:
         """Bring the module to its device, the same one on all processes."""
         super().setup(module)
-        self.same_everywhere(chain(module.parameters(), module.buffers()))
+        self.same_everywhere(itertools.chain(module.parameters(), module.buffers()))
         if self.sync_batchnorm:
             self._sync_batchnorm(module)
 
@@ -130,8 +130,7 @@ class ParallelStrategy(Strategy):
         Raises:
             RuntimeError: it failed on rank 0, which raises the error itself.
         """
-        self._calls += 1
-        key, store = f"trainkit/{self._calls}", _get_default_store()
+        key, store = f"trainkit/{next(_calls)}", _get_default_store()
         if self.global_rank == 0:
             try:
                 value = function()

@@ -277,6 +277,7 @@ def _run(line: CommandLine, prepare: Callable[[Trainer], None] | None) -> int:
 
 
 def _run_checked(line: CommandLine, prepare: Callable[[Trainer], None] | None = None) -> int:
+    from trainkit import launch
     from trainkit.config import build, explain, manual, parser, record, signatures, tree
     from trainkit.config.problems import ConfigError
     from trainkit.random import seed_everything
@@ -306,8 +307,22 @@ def _run_checked(line: CommandLine, prepare: Callable[[Trainer], None] | None = 
     trainer.command = line.again
     if prepare is not None:
         prepare(trainer)
+    if launch.needed(trainer.strategy.world) and launch.can_run_again():
+        return _launch(line, trainer)
     module, data = build.make_module(configured, config, asked, line.command)
     return _start(line, trainer, module, data, config, recorder)
+
+
+def _launch(line: CommandLine, trainer: Trainer) -> int:
+    """Run the command in several processes, in which the model is made; this one waits for them."""
+    from trainkit import launch
+
+    try:
+        launch.launch(trainer, line.command, {})
+    except MisconfigurationException as error:
+        _tell(f"error: {error}", f"nothing was started; {_see(line.manual)}")
+        return 2
+    return 0
 
 
 def _read_files(paths: Sequence[str]) -> tuple[list[Node], list[Problem]]:

@@ -35,7 +35,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import FrameType
@@ -57,7 +57,7 @@ ALONE = 3.0  # seconds that the others have, when one process has failed, to not
 STUCK = 8.0  # seconds after which those are killed that have not
 TAIL = 4000  # characters of what a process said last, when it left no error
 RUNNERS = ("pytest", "py.test", "unittest", "nose2")
-LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
+LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing.spawn")
 EVENTS = "torchelastic-events-null"
 
 
@@ -265,12 +265,14 @@ class Failure:
         code: what it ended with, -9 for SIGKILL.
         trace: its traceback, "" if it left none.
         said: what it said last, if it left no traceback.
+        told: it has told on the terminal itself.
     """
 
     rank: int
     code: int
     trace: str = ""
     said: str = ""
+    told: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -352,7 +354,9 @@ class Workers(logging.Handler):
                 self._look()
                 for rank, failure in error.failures.items():
                     self.codes.setdefault(rank, failure.exitcode)
-                return self._report()
+                found = self._cause_at_the_end()
+                self._report(found)
+                return self._reported and replace(self._reported, code=self.codes.get(self._reported.rank, 1))
             except SignalException as stopped:  # before they were known
                 self.signal = int(stopped.sigval)
         return None
@@ -437,7 +441,8 @@ class Workers(logging.Handler):
         raise (left or Preempted)(128 + self.signal)
 
     def _is_of_signal(self, code: int) -> bool:
-        return self.signal is not None and code in (0, -self.signal, 128 + self.signal)
+        """Whether a process ended because it was asked to, by this one or by somebody else, and not by a failure."""
+        return code in (0, *(128 + number for number in NOTED)) or (self.signal is not None and code == -self.signal)
 
     # ---- their ends
     def _all_ended(self) -> bool:
@@ -470,9 +475,9 @@ class Workers(logging.Handler):
         self._held = True
         began = time.monotonic()
         while time.monotonic() - began < ALONE and self._cause() is None and len(self._gone()) < self.count:
-            time.sleep(0.02)  # those that ended only lost a connection: the cause has yet to end
+            time.sleep(0.02)  # those that ended only lost a connection, or were asked to: the cause has yet to end
         if self._cause() is not None:  # else the agent will know more
-            self._report()
+            self._report(self._cause())
         while time.monotonic() - began < ALONE and len(self._gone()) < self.count:
             time.sleep(0.02)
 
@@ -507,39 +512,44 @@ class Workers(logging.Handler):
         return found
 
     def _cause(self) -> Failure | None:
-        """Return the first failure that is not a lost connection, as far as there is one yet."""
+        """Return the first error that is not a lost connection, as far as there is one yet."""
         errors = self.errors()
         noted = {rank: error.get("trainkit", {}) for rank, error in errors.items()}
         causes = [rank for rank, about in noted.items() if not about.get("lost") and self.codes.get(rank) != 0]
         if causes:
             return self._failure(min(causes, key=lambda rank: noted[rank].get("time", 0.0)), errors)
-        for rank, code in list(self.codes.items()):
-            if code and rank not in errors and code != -signal.SIGTERM and not self._is_of_signal(code):
-                return self._failure(rank, errors)
         return None
 
-    def _report(self) -> Failure | None:
-        """Return the failure that ended the run, and show it, once."""
-        if self._reported is None:
-            found, errors = self._cause(), self.errors()
-            failed = [rank for rank, code in list(self.codes.items()) if code]
-            quiet = [rank for rank in self._gone() - errors.keys() if rank not in self.codes]
-            if found is None and (quiet or errors or failed):
-                found = self._failure(next(iter([*quiet, *errors, *failed])), errors)
+    def _cause_at_the_end(self) -> Failure | None:
+        """Return the failure that ended the run, when it is known how all have ended."""
+        if (found := self._cause()) is not None:
+            return found
+        errors = self.errors()
+        failed = [rank for rank, code in sorted(self.codes.items()) if code]
+        silent = [rank for rank in failed if rank not in errors and not self._is_of_signal(self.codes[rank])]
+        others = [rank for rank in silent if self.codes[rank] != -signal.SIGTERM]  # which the agent sends
+        first = next(iter([*others, *silent, *sorted(errors), *failed]), None)
+        return None if first is None else self._failure(first, errors)
+
+    def _report(self, found: Failure | None) -> None:
+        """Show the failure that ended the run, once."""
+        if self._reported is None and found is not None:
             self._reported = found
-            if found is not None and self.reports and not self._is_of_signal(found.code):
-                self._show(found, errors)
-        return self._reported
+            if self.reports and not self._is_of_signal(found.code) and not found.told:
+                self._show(found)
 
     def _failure(self, rank: int, errors: Mapping[int, Mapping[str, Any]]) -> Failure:
         code = self.codes.get(rank, 1)
         if rank in errors:
-            message = errors[rank]["message"]
-            return Failure(rank, code, message["extraInfo"]["py_callstack"] if isinstance(message, dict) else message)
-        said = self.file(rank, "stderr.log")
-        return Failure(rank, code, said="" if said is None else said.read_text(errors="replace")[-TAIL:])
+            message, about = errors[rank]["message"], errors[rank].get("trainkit", {})
+            trace = message["extraInfo"]["py_callstack"] if isinstance(message, dict) else message
+            return Failure(rank, code, trace, told=rank == 0 and not about.get("uncaught", True))
+        path = self.file(rank, "stderr.log")
+        said = "" if path is None else path.read_text(errors="replace")[-TAIL:]
+        return Failure(rank, code, said=said, told=rank == 0 and code > 0)
 
-    def _show(self, found: Failure, errors: Mapping[int, Mapping[str, Any]]) -> None:
+    def _show(self, found: Failure) -> None:
+        errors = self.errors()
         lines = [found.trace.rstrip() or found.said.rstrip(), f"{found.how}; the other processes are ended."]
         for rank in sorted(errors.keys() - {found.rank}):
             lost = errors[rank].get("trainkit", {}).get("lost")

@@ -141,7 +141,7 @@ def work(folder: str) -> None:
         code = left.code if isinstance(left, SystemExit) else 130
         raise SystemExit(code) from None  # multiprocessing takes a KeyboardInterrupt for a good end
     except Exception as error:
-        launched.note(error)
+        launched.note(error, uncaught=True)
         with contextlib.suppress(Exception):
             _leave(Path(folder) / f"{world.rank}.pkl", error)
         if world.rank > 0:

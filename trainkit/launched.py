@@ -124,8 +124,13 @@ def _wait_for_end(agent: int) -> None:
 
 
 # ---------------------------------------------------------------- its error is found
-def note(error: BaseException) -> None:
-    """Write an exception where the agent looks for the one that ended a run; it may still be caught."""
+def note(error: BaseException, uncaught: bool = False) -> None:
+    """Write an exception where the agent looks for the one that ended a run.
+
+    Args:
+        error: what was raised.
+        uncaught: nobody has caught it, and told of it.
+    """
     path = os.environ.get(ERROR_FILE)
     if not path or not isinstance(error, Exception):
         return
@@ -134,7 +139,7 @@ def note(error: BaseException) -> None:
     message = {"message": f"{type(error).__name__}: {error}", "extraInfo": info}
     unfinished = f"{path}.unfinished"
     with contextlib.suppress(OSError):
-        found = {"time": _first_time(error, now), "lost": is_lost(error)}
+        found = {"time": _first_time(error, now), "lost": is_lost(error), "uncaught": uncaught}
         Path(unfinished).write_text(json.dumps({"message": message, "trainkit": found}))
         os.replace(unfinished, path)
 
@@ -169,7 +174,7 @@ def on_error(shown: Hook, rank: int) -> Hook:
     """Return an excepthook that notes an exception before it is shown."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        note(error)
+        note(error, uncaught=True)
         if is_ours():
             if rank == 0 and isinstance(error, Exception):
                 return  # the agent shows it, behind the one that it may have come of

@@ -12,6 +12,7 @@ from trainkit.checkpoint import policy, saving, store
 from trainkit.checkpoint.io import is_own
 from trainkit.checkpoint.ledger import Decision, Files, Outcome, Written, described, newest_of
 from trainkit.checkpoint.policy import Saved
+from trainkit.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from trainkit.checkpoint.snapshot import Snapshot
@@ -27,6 +28,7 @@ class Keeper(Protocol):
     filename: str | None
     save_top_k: int
     save_last: Any
+    train_time_interval: Any
     save_weights_only: bool
     enable_version_counter: bool
     verbose: bool
@@ -62,6 +64,15 @@ FOLLOWED = (
     "last_model_path", "failed_saves", "_files", "_written", "_missed", "_waiting",
 )  # fmt: skip
 """What the processes that do not write learn from the one that does."""
+
+
+def check_clock(callback: Keeper, trainer: Trainer) -> None:
+    """Refuse to decide by time where several processes have a clock each."""
+    if callback.train_time_interval is not None and trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"ModelCheckpoint(train_time_interval={callback.train_time_interval}): {trainer.world_size} processes have "
+            "as many clocks. Use every_n_train_steps."
+        )
 
 
 def seen(callback: Keeper) -> dict[str, Any]:

@@ -181,6 +181,8 @@ class Batches:
             yield index, batch, is_last
             del batch
             if is_last:
+                for _, question in waiting:
+                    question.first_to_end()  # nobody leaves while the answer is on its way
                 return
             index += 1
 

@@ -44,8 +44,8 @@ PR_SET_PDEATHSIG = 1
 
 LOST = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Timed out waiting",
-    "failed on rank 0:", "NCCL communicator was aborted", "remote process exited", "recvValue failed",
-    "sendBytes failed",
+    "failed on rank 0:", "failed on node ", "NCCL communicator was aborted", "remote process exited",
+    "recvValue failed", "sendBytes failed",
 )  # fmt: skip
 """What errors say that are no cause, but come of another process's end."""
 

@@ -178,7 +178,7 @@ def test_a_killed_program_leaves_no_orphans_and_they_have_saved(start: Callable[
     program.pid(1)
     program.process.kill()
     assert program.end(20) == -signal.SIGKILL
-    assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
+    assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")), program.err.read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -270,7 +270,7 @@ def test_what_cannot_be_pickled_is_forked_and_an_error_where_it_must_be_pickled(
     assert launch.way_of(trainer_of(), {"model": Local()}) == "fork"
     assert launch.way_of(trainer_of("ddp_fork"), {"model": BoringModel()}) == "fork"
     assert launch.way_of(trainer_of("ddp_notebook"), {"model": BoringModel()}) == "fork"
-    with pytest.raises(MisconfigurationException, match="Local.*ddp_fork"):
+    with pytest.raises(MisconfigurationException, match=r"Local.*ddp_fork"):
         launch.way_of(trainer_of("ddp_spawn"), {"model": Local()})
 
 

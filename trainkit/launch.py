@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from trainkit import launched
+from trainkit.environment import announce
 from trainkit.errors import MisconfigurationException
 from trainkit.signals import NOTED, Interrupted, Preempted, SIGTERMException
 from trainkit.world import World
@@ -80,6 +81,7 @@ def launch(trainer: Trainer, method: str, arguments: Mapping[str, Any]) -> Any:
         Exception: what the first process that failed has raised.
     """
     way = way_of(trainer, arguments)
+    announce(trainer.strategy.world)
     if way == "script":
         run_again(trainer)
     from trainkit.launch_call import call

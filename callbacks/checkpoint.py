@@ -18,7 +18,7 @@ from trainkit.callbacks.monitor import Event, Watch, check_mode, looks_at_epoch_
 from trainkit.checkpoint import disk, naming, policy, saving, store
 from trainkit.checkpoint.ledger import Decision, Files, Finder, Outcome, Written, described, free_path
 from trainkit.checkpoint.lock import Ownership
-from trainkit.checkpoint.outcome import outcome_of
+from trainkit.checkpoint.outcome import check_clock, follow, outcome_of, seen
 from trainkit.checkpoint.policy import Moment, Saved
 from trainkit.checkpoint.snapshot import Snapshot
 from trainkit.checkpoint.writing import newest_known, save, saves, tidy
@@ -35,13 +35,6 @@ class Checkpoint(Callback):
 
     monitors = True
     saves = True
-
-
-FOLLOWED = (
-    "current_score", "best_model_score", "best_model_path", "best_k_models", "kth_best_model_path", "kth_value",
-    "last_model_path", "failed_saves", "_files", "_written", "_missed", "_waiting",
-)  # fmt: skip
-"""What the processes that do not write learn from the one that does."""
 
 
 class ModelCheckpoint(Checkpoint):
@@ -264,14 +257,6 @@ class ModelCheckpoint(Checkpoint):
             state["last_model_path"] = outcome.last or self.last_model_path
         return {**state, **self._files.after(outcome).state()}
 
-    def _seen(self) -> dict[str, Any]:
-        """Return how this process, which writes, sees the files."""
-        return {name: getattr(self, name) for name in FOLLOWED}
-
-    def _follow(self, seen: dict[str, Any]) -> None:
-        """Take over how rank 0 sees them."""
-        vars(self).update(seen)
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what is known about the files that are still there, if they are in this callback's directory.
 
@@ -315,11 +300,7 @@ class ModelCheckpoint(Checkpoint):
         self._end_run()
         if self._watch is not None:
             self._watch.begin()
-        if self.train_time_interval is not None and trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"ModelCheckpoint(train_time_interval={self.train_time_interval}): {trainer.world_size} processes have "
-                "as many clocks. Use every_n_train_steps."
-            )
+        check_clock(self, trainer)
         self._resumed_from = trainer.resume_path
         self._named = trainer.resume_path if trainer.resumed_by_name else None
         if stage != "fit" or trainer.fast_dev_run:
@@ -411,8 +392,7 @@ class ModelCheckpoint(Checkpoint):
             return
         if self._in_flight:
             trainer.background.settle()
-        if trainer.world_size > 1:  # what was written in the background, only rank 0 knows
-            self._follow(trainer.strategy.broadcast(self._seen()))
+        follow(self, trainer.strategy.broadcast(seen(self)))  # what was written in the background, rank 0 knows
         if self.save_last and self._written is None and not self.failed_saves:
             self._decision = Decision(trainer, _epoch_of(trainer), numbers(trainer.callback_metrics), last=True)
         if self._decision is not None:
@@ -434,10 +414,7 @@ class ModelCheckpoint(Checkpoint):
                 trainer.background.settle()
             except Exception as error:
                 exception.add_note(f"ModelCheckpoint: {error}")
-        wanted = self.save_on_exception and self._running and not trainer.sanity_checking
-        if wanted and trainer.world_size > 1:  # the others may have failed otherwise, or not at all
-            exception.add_note("save_on_exception saves nothing where several processes train.")
-            return
+        wanted = self.save_on_exception and self._running and not trainer.sanity_checking and trainer.world_size == 1
         if not wanted or not isinstance(exception, Exception) or isinstance(exception, CheckpointError):
             return
         here = (trainer.progress.epoch, trainer.progress.batch, trainer.progress.step)
@@ -503,8 +480,8 @@ class ModelCheckpoint(Checkpoint):
 
     def _saves_interrupted(self, trainer: Trainer) -> bool:
         """Whether this is the one callback that saves the state when a signal ends the run."""
-        savers = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and (c.save_top_k or c.save_last)]
-        return bool(savers) and savers[0] is self
+        savers = (c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and (c.save_top_k or c.save_last))
+        return next(savers, None) is self
 
     # ---- working out what a decision leads to
     def _outcome(self, decision: Decision) -> Outcome:
@@ -605,8 +582,7 @@ class ModelCheckpoint(Checkpoint):
         """
         import yaml
 
-        path = filepath if filepath is not None else os.path.join(self.dirpath or "", "best_k_models.yaml")
-        with open(path, "w") as file:
+        with open(filepath or os.path.join(self.dirpath or "", "best_k_models.yaml"), "w") as file:
             yaml.safe_dump({path: float(score) for path, score in self.best_k_models.items()}, file)
 
 

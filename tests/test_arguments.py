@@ -33,7 +33,7 @@ NO_FLAG: list[Any] = ["yes", 1, 0, "True", NAN, [True], Odd()]
 
 WRONG: dict[str, list[Any]] = {
     "accelerator": ["tpu", "", None, 1, ["cpu"]],
-    "strategy": ["ddp", "", None, 1, ["auto"]],
+    "strategy": ["dpp", "", None, 1, ["auto"]],
     "devices": [0, -2, [], [0], True, None, 1.5, "two", 10**12],
     "gpus": [0, -1, "1", True, 1.5, NAN],
     "precision": ["fp16", 8, NAN, True, Odd(), torch.float16],
@@ -57,7 +57,7 @@ WRONG: dict[str, list[Any]] = {
     "enable_checkpointing": NO_FLAG,
     "enable_progress_bar": NO_FLAG,
     "enable_model_summary": NO_FLAG,
-    "num_nodes": [*NO_NUMBER, 0, -1, None, 2],
+    "num_nodes": [*NO_NUMBER, 0, -1, None],
     "profiler": ["fast", 1, Odd()],
     "compile": [
         "fast", "", "AUTO", 1, 0.5, ["auto"], Odd(), {"speed": 1}, {"mode": "auto"}, {"mode": 1}, {"backend": 3},
@@ -104,7 +104,7 @@ def test_every_argument_is_in_the_table() -> None:
 
 
 RIGHT: dict[str, list[Any]] = {
-    "strategy": ["auto", "single_device"],
+    "strategy": ["auto", "single_device", "ddp"],
     "fast_dev_run": [True, False, 0, 1, 7],
     "max_epochs": [None, -1, 0, 1, 10**12],
     "min_epochs": [None, 0, 3],
@@ -117,7 +117,7 @@ RIGHT: dict[str, list[Any]] = {
     "check_val_every_n_epoch": [1, 5],
     "num_sanity_val_steps": [None, -1, 0, 5],
     "log_every_n_steps": [None, 0, 1, 1000],
-    "num_nodes": [1],
+    "num_nodes": [1, 2],
     "profiler": [None],
     "compile": [None, False, True, "auto", "default", "max-autotune", {}, {"mode": None}, {"dynamic": False}],
     "fused_optimizers": [True, False, None],

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from trainkit.errors import MisconfigurationException, WrongTypeException
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+MOST_PROCESSES = 16
+"""So many processes for each core are surely a slip."""
 
 
 def available() -> str:
@@ -98,6 +102,13 @@ def _existing(kind: str, indices: list[int], given: object, count: int) -> list[
     wrong = [index for index in indices if isinstance(index, bool) or not isinstance(index, int)]
     if wrong:
         raise WrongTypeException(f"devices must be a list of whole numbers. Received: {given!r}.")
+    if kind == "cpu" and len(indices) > 1:
+        raise MisconfigurationException(
+            f"devices={given!r}: a list names accelerators, the cpu has no indices. Give devices={len(indices)} for "
+            "as many processes."
+        )
+    if len(set(indices)) < len(indices):
+        raise MisconfigurationException(f"devices={given!r} names a device twice; each process needs one of its own.")
     if kind != "cpu" and not all(0 <= index < count for index in indices):
         raise MisconfigurationException(f"devices={given!r} is not there: this machine has {available()}.")
     return indices
@@ -109,4 +120,10 @@ def _counted(kind: str, number: int, given: object, count: int) -> list[int]:
         raise MisconfigurationException(f"devices must be at least 1, or -1 for all. Received: {given!r}.")
     if number > count and kind != "cpu":
         raise MisconfigurationException(f"devices={given!r} is more than there are: this machine has {available()}.")
+    most = MOST_PROCESSES * (os.cpu_count() or 1)
+    if number > most and kind == "cpu":
+        raise MisconfigurationException(
+            f"devices={given!r} asks for {number} processes, more than {most}, which is {MOST_PROCESSES} for each core "
+            "of this machine. Give fewer."
+        )
     return list(range(count if number == -1 else number))

@@ -166,7 +166,8 @@ class Status:
     @property
     def stopping(self) -> bool:
         """Whether the run ends after this batch: a step limit, `should_stop`, or a signal."""
-        return self.signal is not None or self.at_limit
+        heard = self.interruption if self.agreement is None else self.agreement
+        return heard.signal is not None or self.at_limit
 
     @property
     def signal(self) -> int | None:
@@ -183,7 +184,7 @@ class Status:
         """Whether this batch is the run's last by its own settings: a step limit, or `should_stop`."""
         if 0 <= self.max_steps <= self.progress.step:
             return True
-        return self.stop_wanted and self._may_stop()
+        return (self.should_stop if self.agreement is None else self.agreement.stop) and self._may_stop()
 
     def _may_stop(self) -> bool:
         """Whether min_epochs and min_steps are reached, so that `should_stop` is honoured."""
@@ -244,7 +245,8 @@ class Status:
     @property
     def interrupted(self) -> bool:
         """Whether a signal or an exception ended the last run, or is about to."""
-        return self.signal is not None or self.state.status is TrainerStatus.INTERRUPTED
+        heard = self.interruption if self.agreement is None else self.agreement
+        return heard.signal is not None or self.state.status is TrainerStatus.INTERRUPTED
 
     @property
     def received_sigterm(self) -> bool:

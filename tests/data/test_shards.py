@@ -267,6 +267,21 @@ def test_who_deals_out_by_himself_is_left_alone_and_draws_do_not_collide() -> No
     assert loader_of(own(1), 1, 2).share(0, 1) == 1.0
 
 
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torchdatas_loader_is_dealt_out_too(workers: int) -> None:
+    kind: Any = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    for more in ({"shuffle": True}, {}, {"sampler": [3, 1, 4, 1, 5]}):
+        loaders = [loader_of(kind(Noisy(11), 2, num_workers=workers, **more), part, 2) for part in range(2)]
+        for loader in loaders:
+            loader.reseed(5)  # as processes agree to: torchdata makes generators of its own
+        expected = [ids(batch) for _, batch, _ in whole(DataLoader(Noisy(11), 4, **more)).epoch(1)]  # type: ignore[arg-type]
+        assert joined(together(loaders, 1)) == expected
+        assert joined(together(loaders, 1, 1)) == expected[1:]
+        for loader in loaders:
+            loader.close()
+
+
 # ---------------------------------------------------------------- several loaders at once
 @pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
 def test_several_loaders_give_as_many_batches_on_each_part_and_a_step_can_work_with_each(mode: Any) -> None:

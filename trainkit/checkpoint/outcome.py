@@ -12,6 +12,7 @@ from trainkit.checkpoint import policy, saving, store
 from trainkit.checkpoint.io import is_own
 from trainkit.checkpoint.ledger import Decision, Files, Outcome, Written, described, newest_of
 from trainkit.checkpoint.policy import Saved
+from trainkit.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from trainkit.checkpoint.snapshot import Snapshot
@@ -27,6 +28,7 @@ class Keeper(Protocol):
     filename: str | None
     save_top_k: int
     save_last: Any
+    train_time_interval: Any
     save_weights_only: bool
     enable_version_counter: bool
     verbose: bool
@@ -50,13 +52,37 @@ class Keeper(Protocol):
     @property
     def on_save_error(self) -> str: ...
     def _outcome(self, decision: Decision) -> Outcome: ...
-    def _seen(self) -> dict[str, Any]: ...
-    def _follow(self, seen: dict[str, Any]) -> None: ...
     def _best(self) -> policy.Keep: ...
     def _also(self) -> policy.Keep: ...
     def _set(self, attributes: dict[str, Any]) -> None: ...
     def _claimed_by_others(self, trainer: Trainer) -> set[str]: ...
     def _free_path(self, decision: Decision, template: str | None, taken: set[str], replaceable: set[str]) -> str: ...
+
+
+FOLLOWED = (
+    "current_score", "best_model_score", "best_model_path", "best_k_models", "kth_best_model_path", "kth_value",
+    "last_model_path", "failed_saves", "_files", "_written", "_missed", "_waiting",
+)  # fmt: skip
+"""What the processes that do not write learn from the one that does."""
+
+
+def check_clock(callback: Keeper, trainer: Trainer) -> None:
+    """Refuse to decide by time where several processes have a clock each."""
+    if callback.train_time_interval is not None and trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"ModelCheckpoint(train_time_interval={callback.train_time_interval}): {trainer.world_size} processes have "
+            "as many clocks. Use every_n_train_steps."
+        )
+
+
+def seen(callback: Keeper) -> dict[str, Any]:
+    """Return how the process that writes sees a callback's files."""
+    return {name: getattr(callback, name) for name in FOLLOWED}
+
+
+def follow(callback: Keeper, seen: dict[str, Any]) -> None:
+    """Take over how rank 0 sees them."""
+    vars(callback).update(seen)
 
 
 def outcome_of(callback: Keeper, decision: Decision) -> Outcome:

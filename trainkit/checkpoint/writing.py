@@ -11,7 +11,7 @@ from trainkit.checkpoint import saving, store
 from trainkit.checkpoint.format import check_plain
 from trainkit.checkpoint.io import is_own
 from trainkit.checkpoint.ledger import Decision, Outcome, Written, newest_of
-from trainkit.checkpoint.outcome import Keeper, task_of
+from trainkit.checkpoint.outcome import Keeper, follow, seen, task_of
 from trainkit.checkpoint.snapshot import Snapshot
 from trainkit.errors import CheckpointExistsError, warn
 
@@ -36,11 +36,11 @@ def save(callback: Keeper, decision: Decision, in_background: bool = False) -> N
     def on_rank_zero() -> Any:
         trainer.background.settle()
         save_here(callback, decision, in_background)
-        return callback._seen()
+        return seen(callback)
 
-    seen = trainer.strategy.on_rank_zero("saving a checkpoint", on_rank_zero)
+    there = trainer.strategy.on_rank_zero("saving a checkpoint", on_rank_zero)
     if not trainer.is_global_zero:
-        callback._follow(seen)
+        follow(callback, there)
 
 
 def save_here(callback: Keeper, decision: Decision, in_background: bool) -> None:

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, MapDataPipe
 
 from trainkit.data.batches import EMPTY as EMPTY
 from trainkit.data.batches import Batches as Batches
+from trainkit.data.distributed import deals_itself
 from trainkit.data.failure import named
 from trainkit.data.indexed import Indexed, alone, batch_size_of, in_memory, size_kept
-from trainkit.data.samplers import length_of, sampler_of, set_epoch
+from trainkit.data.samplers import can_do_without_state, length_of, sampler_of, set_epoch, without_state
 from trainkit.data.seeding import kept
 from trainkit.data.served import ByIndex
 from trainkit.data.stateful import Begun, Remembered, has_state, stateful_sampler, tell_of_draws, tell_of_order
@@ -81,7 +82,8 @@ class Loader(Batches):
             raise TypeError(f"{name} must be an iterable of batches. Received: {received}.{hint}")
         self.source = source
         self.read_once = isinstance(source, Iterator)
-        self.remembered: Remembered | None = Remembered(source) if has_state(source) else None
+        shared = shard[1] > 1 and deal and can_do_without_state(source) and not deals_itself(source)
+        self.remembered: Remembered | None = Remembered(source) if has_state(source) and not shared else None
         self.begun: Begun | None = None
         self.seed = seed
         self.indexed: Indexed | None = None
@@ -91,7 +93,7 @@ class Loader(Batches):
         self._by_index: ByIndex | None = None  # the data set of a DataLoader that keeps its own order
         self.iterable: Any = source
         if isinstance(source, DataLoader) and self.remembered is None:  # StatefulDataLoader has an order of its own
-            self.iterable = self._adapt(source, keep, mustered, pinned)
+            self.iterable = self._adapt(without_state(source) if shared else source, keep, mustered, pinned)
         elif isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
             self._by_index = ByIndex(source.dataset, name)
         self.claimed = length_of(self.iterable)
@@ -101,6 +103,7 @@ class Loader(Batches):
         self.limit_to = partial(limited, limit=limit, name=name, argument=argument, may_be_empty=may_be_empty)
         self.num_batches = self.limit_to(self.claimed)
         self._resumed = False
+        self._dealt_evenly = (-1, 0)  # in this epoch so many batches are
         if mustered is not None:
             mustered.dismiss()
 
@@ -143,15 +146,16 @@ class Loader(Batches):
 
     def share(self, epoch: int, batch_idx: int, lap: int = 0) -> float:
         """Return by what a loss that is a mean over the samples of a batch counts among those of all processes."""
-        if not self.sliced or self.indexed is None:
+        if (epoch == self._dealt_evenly[0] and batch_idx < self._dealt_evenly[1]) or not self.sliced:
             return 1.0
-        total = self.samples
-        return self.indexed.slices_in(epoch, lap).share(batch_idx, total)
+        assert self.indexed is not None
+        return self.indexed.slices_in(epoch, lap).share(batch_idx, self.samples)
 
     def lacking(self, epoch: int, batch_idx: int, lap: int = 0) -> bool:
         """Whether some process has no sample of a batch: all of them know it, and that one gets `EMPTY`."""
-        if not self.sliced or self.indexed is None:
+        if (epoch == self._dealt_evenly[0] and batch_idx < self._dealt_evenly[1]) or not self.sliced:
             return False
+        assert self.indexed is not None
         slices = self.indexed.slices_in(epoch, lap)
         return slices.length(batch_idx, self.samples) < slices.parts
 
@@ -216,8 +220,15 @@ class Loader(Batches):
         else:
             batches = self._opened(epoch, start, lap)
         if self.sliced and self.even:
+            self._note_even_batches(epoch)
             batches = self._with_empty_ones(batches, start)
         return batches if self.begun is None else self.begun.to_its_end(batches, start, self.claimed)
+
+    def _note_even_batches(self, epoch: int) -> None:
+        assert self.indexed is not None
+        slices, total = self.indexed.slices_in(epoch), self.samples
+        known = slices.size % slices.parts == 0 and total < math.inf
+        self._dealt_evenly = epoch, slices.count(int(total), drop_last=True) if known else 0
 
     def _with_empty_ones(self, batches: Iterator[Any], index: int) -> Iterator[Any]:
         for batch in batches:
@@ -250,7 +261,7 @@ class Loader(Batches):
         self._resumed = False
         if isinstance(self.source, DataLoader) and self.iterable is not self.source:
             if self.indexed is not None:
-                tell_of_order(self.name, self.source)
+                tell_of_order(self.name, self.indexed.source)
             saved = self.remembered is not None
             tell_of_draws(self.name, self.source.dataset, self.source.num_workers, saved)
 

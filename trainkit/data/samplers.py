@@ -65,6 +65,32 @@ def in_sequence(loader: Any) -> Any:
     return ordered
 
 
+def without_state(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a DataLoader over the samples of torchdata's, which keeps the order and the position by itself."""
+    plain: DataLoader[Any] = object.__new__(DataLoader)
+    attributes = vars(plain)
+    attributes.update(vars(loader), _iterator=None)
+    sampler, batches = sampler_of(loader), loader.batch_sampler
+    if isinstance(batches, BatchSampler) and _is_torchdatas(batches):
+        sampler = batches.sampler
+    if type(sampler).__name__ == "RandomSampler" and _is_torchdatas(sampler):
+        attributes["sampler"] = sampler = RandomSampler(
+            sampler.data_source, sampler.replacement, sampler._num_samples, sampler.generator
+        )
+    if isinstance(batches, BatchSampler) and _is_torchdatas(batches):
+        attributes["batch_sampler"] = BatchSampler(sampler, batches.batch_size, batches.drop_last)
+    return plain
+
+
+def can_do_without_state(loader: Any) -> bool:
+    """Whether a loader is torchdata's DataLoader over data with indices."""
+    return isinstance(loader, DataLoader) and _is_torchdatas(loader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def _is_torchdatas(thing: Any) -> bool:
+    return type(thing).__module__.partition(".")[0] == "torchdata"
+
+
 def draws_nothing(loader: DataLoader[Any]) -> bool:
     """Whether making a batch surely draws no random number: torch's own data sets, put together in torch's own way."""
     data, plain = [loader.dataset], (TensorDataset, torch.Tensor, list, tuple, range)

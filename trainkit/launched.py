@@ -250,6 +250,7 @@ class RankLog:
         """Leave no empty file behind, and show what never found one."""
         for text in self._early:
             sys.stderr.write(text)
+        self._early.clear()
         if self.path is not None and self.path.exists() and self.path.stat().st_size == 0:
             with contextlib.suppress(OSError):
                 self.path.unlink()

@@ -61,7 +61,7 @@ class Parts:
         counted = given["devices"] != "auto" or given["gpus"] is not None
         self.world = world_of(len(devices) if counted else None, trainer.num_nodes, len(devices))
         launched.begin(self.world)
-        if not launched.is_ours():  # else the process that started this one has told
+        if self.world.launcher and not launched.is_ours():  # else the process that starts the others tells
             announce(self.world)
         self.strategy = strategy_of(given["strategy"], devices, self.world)
         if isinstance(self.strategy, ParallelStrategy):

@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from trainkit import launched
+from trainkit.environment import announce
 from trainkit.errors import MisconfigurationException
 from trainkit.signals import NOTED, Interrupted, Preempted, SIGTERMException
 from trainkit.world import World
@@ -55,7 +56,7 @@ STARTED_IN = os.getcwd()
 """The directory that the program was started in, as far as that is known: where trainkit was imported."""
 ALONE = 3.0  # seconds that the others have, when one process has failed, to notice it and to close by themselves
 STUCK = 8.0  # seconds after which those are killed that have not
-TAIL = 4000  # characters of what a process said last, when it left no error
+TAIL = 40  # lines of what a process said last, when it left no error
 RUNNERS = ("pytest", "py.test", "unittest", "nose2")
 LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing.spawn")
 EVENTS = "torchelastic-events-null"
@@ -80,6 +81,7 @@ def launch(trainer: Trainer, method: str, arguments: Mapping[str, Any]) -> Any:
         Exception: what the first process that failed has raised.
     """
     way = way_of(trainer, arguments)
+    announce(trainer.strategy.world)
     if way == "script":
         run_again(trainer)
     from trainkit.launch_call import call
@@ -544,8 +546,11 @@ class Workers(logging.Handler):
             message, about = errors[rank]["message"], errors[rank].get("trainkit", {})
             trace = message["extraInfo"]["py_callstack"] if isinstance(message, dict) else message
             return Failure(rank, code, trace, told=rank == 0 and not about.get("uncaught", True))
-        path = self.file(rank, "stderr.log")
-        said = "" if path is None else path.read_text(errors="replace")[-TAIL:]
+        path, moved = self.file(rank, "stderr.log"), self.file(rank, launched.MOVED)
+        path = Path(moved.read_text()) if moved is not None else path
+        said = ""
+        with contextlib.suppress(OSError):
+            said = "\n".join("" if path is None else path.read_text(errors="replace").splitlines()[-TAIL:])
         return Failure(rank, code, said=said, told=rank == 0 and code > 0)
 
     def _show(self, found: Failure) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -38,14 +37,15 @@ if TYPE_CHECKING:
 LAUNCHER = "TRAINKIT_LAUNCHER"
 """The environment variable with the process that launched this one by `launch.py`."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+MOVED = "stderr.moved"
+"""The file that says where a process's stderr goes now, for its agent."""
 PATIENCE = 5.0  # seconds that a process which lost its connection waits for its agent to end it
 ORPHANED = 30.0  # seconds that one whose agent is gone may take to finish its step and save
-PR_SET_PDEATHSIG = 1
 
 LOST = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Timed out waiting",
-    "failed on rank 0:", "NCCL communicator was aborted", "remote process exited", "recvValue failed",
-    "sendBytes failed",
+    "failed on rank 0:", "failed on node ", "NCCL communicator was aborted", "remote process exited",
+    "recvValue failed", "sendBytes failed",
 )  # fmt: skip
 """What errors say that are no cause, but come of another process's end."""
 
@@ -76,9 +76,6 @@ def begin(world: World) -> None:
 def stay() -> None:
     """End this process when its agent is gone: by SIGTERM, after which it may finish its step and save."""
     agent = os.getppid()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     launcher = os.environ.get(LAUNCHER, "")
     if launcher.isdigit() and int(launcher) != agent and not is_running(int(launcher)):
         os.kill(os.getpid(), signal.SIGTERM)  # it was killed while this process began
@@ -97,9 +94,9 @@ def is_running(pid: int) -> bool:
 
 
 def _watch(agent: int) -> None:
+    # not prctl's PR_SET_PDEATHSIG: it may send one signal for each thread of the agent, and a second one stops at once
     _wait_for_end(agent)
-    if sys.platform != "linux":
-        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHANED)
     os._exit(128 + signal.SIGTERM)
 
@@ -244,6 +241,8 @@ class RankLog:
             to.write(early.read_text(errors="replace"))
             to.flush()
             early.unlink()
+        with contextlib.suppress(OSError):
+            Path(os.environ[ERROR_FILE]).with_name(MOVED).write_text(str(self.path))
         os.dup2(to.fileno(), 2)
         to.close()
 
@@ -251,6 +250,7 @@ class RankLog:
         """Leave no empty file behind, and show what never found one."""
         for text in self._early:
             sys.stderr.write(text)
+        self._early.clear()
         if self.path is not None and self.path.exists() and self.path.stat().st_size == 0:
             with contextlib.suppress(OSError):
                 self.path.unlink()

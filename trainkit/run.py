@@ -154,8 +154,8 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     module, hooks, fitting = trainer.module, trainer.hooks, fn == TrainerFn.FITTING
     stage = str(fn.value)
     for part in data:
-        recorded(trainer, "LightningDataModule", part, "prepare_data")()
-    recorded(trainer, "LightningModule", module, "prepare_data")()
+        prepare_data(trainer, "LightningDataModule", part)
+    prepare_data(trainer, "LightningModule", module)
     trainer.read_checkpoint(ckpt_path, stage)
     if fitting:
         components.claim_directories(trainer.loggers, trainer.strategy)
@@ -192,6 +192,16 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     if trainer.enable_autolog_hparams:
         log_hyperparameters(trainer)
     module.zero_grad()
+
+
+def prepare_data(trainer: Trainer, kind: str, owner: DataModule | Module) -> None:
+    """Let one process of each node, or one in all, download the data, while the others wait."""
+    prepare, strategy = recorded(trainer, kind, owner, "prepare_data"), trainer.strategy
+    if not strategy.parallel:
+        prepare()
+    elif is_overridden(owner, "prepare_data"):
+        once = strategy.on_each_node if owner.prepare_data_per_node else strategy.on_rank_zero
+        once("prepare_data", lambda: prepare() and None)  # what it returns is nobody's
 
 
 def set_profiler_up(trainer: Trainer, stage: str) -> None:

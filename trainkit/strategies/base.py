@@ -136,6 +136,10 @@ class Strategy:
         """Run a function on rank 0 while the others wait, and return what it returned on all."""
         return function()
 
+    def on_each_node(self, what: str, function: Callable[[], Any]) -> None:
+        """Run a function on the first process of each node while the others wait."""
+        function()
+
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """Return the value that one process has."""
         return value

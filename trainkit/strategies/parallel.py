@@ -139,14 +139,29 @@ class ParallelStrategy(Strategy):
                 raise
             store.set(key, pickle.dumps((None, value)))  # type: ignore[arg-type]
             return value
-        wait = SHORTEST_WAIT
-        while not store.check([key]):
-            time.sleep(wait)
-            wait = min(2 * wait, LONGEST_WAIT)
-        problem, value = pickle.loads(store.get(key))
-        if problem is not None:
-            raise RuntimeError(f"{what} failed on rank 0: {problem}")
-        return value
+        return _answer(store, key, f"{what} failed on rank 0")
+
+    def on_each_node(self, what: str, function: Callable[[], Any]) -> None:
+        """Run a function on the first process of each node, while all others wait, however long it takes.
+
+        Args:
+            what: what it does, for the error of the others.
+            function: what the first processes run.
+
+        Raises:
+            RuntimeError: it failed on a node, whose first process raises the error itself.
+        """
+        key, store = f"trainkit/{next(_calls)}", _get_default_store()
+        if self.local_rank == 0:
+            try:
+                function()
+            except BaseException as error:
+                store.set(f"{key}/{self.node_rank}", pickle.dumps((f"{type(error).__name__}: {error}", None)))  # type: ignore[arg-type]
+                raise
+            store.set(f"{key}/{self.node_rank}", pickle.dumps((None, None)))  # type: ignore[arg-type]
+        for node in range(self.world.num_nodes):
+            where = f"node {node}" if self.world.num_nodes > 1 else "rank 0"
+            _answer(store, f"{key}/{node}", f"{what} failed on {where}")
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """Return the value that one process has."""
@@ -195,6 +210,22 @@ def _gathered(tensor: Tensor, group: Any, sync_grads: bool) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor, group=group)
     return torch.stack(parts)
+
+
+def _answer(store: Any, key: str, failed: str) -> Any:
+    """Wait for what another process puts into the store, and return it.
+
+    Raises:
+        RuntimeError: that one failed.
+    """
+    wait = SHORTEST_WAIT
+    while not store.check([key]):
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT)
+    problem, value = pickle.loads(store.get(key))
+    if problem is not None:
+        raise RuntimeError(f"{failed}: {problem}")
+    return value
 
 
 def leave_process_group() -> None:

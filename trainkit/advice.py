@@ -126,8 +126,8 @@ def _waiting_for_data(trainer: Trainer, made: Report) -> Iterator[Advice]:
         what = "the loader is not a DataLoader: one with num_workers prepares batches while the model computes"
     elif any(map(in_memory, loaders)):  # for which no workers are started
         what = (
-            "data in memory gathered already, which workers would only slow down: samples of fewer bytes (uint8, float16), "
-            "made floats by the step, are gathered faster"
+            "data in memory gathered already, which workers would only slow down: samples of fewer bytes (uint8, "
+            "float16), made floats by the step, are gathered faster"
         )
     elif max(workers) < most:
         what = f"num_workers={max(workers)}: try DataLoader(..., num_workers={most})"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from trainkit import Callback, Module, Trainer
 from trainkit.callbacks import ModelCheckpoint
@@ -75,6 +75,23 @@ def test_waiting_for_data_names_the_share_the_wait_and_the_workers() -> None:
     assert "ms a step, with num_workers=0" in said
     share = int(said.split("%")[0])
     assert 50 <= share <= 100
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_who_waits_for_data_in_memory_is_not_told_of_workers_that_are_not_started(workers: int) -> None:
+    class First(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return self.line(batch[0][:, :3]).square().mean()
+
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_model_summary=False, enable_checkpointing=False,
+        enable_progress_bar=False, max_epochs=60,
+    )  # fmt: skip
+    trainer.fit(First(), DataLoader(TensorDataset(torch.zeros(4096, 4096)), 2048, shuffle=True, num_workers=workers))
+    (said,) = [str(each) for each in trainer.report_timing().advice]
+    assert "of the time is waiting for data" in said
+    assert "fewer bytes" in said
+    assert "num_workers" not in said
 
 
 def test_a_callback_that_takes_long_is_named_with_the_hook_it_does_it_in() -> None:

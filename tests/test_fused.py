@@ -46,14 +46,21 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(24, 18, generator=random), torch.randn(24, 1, generator=random)), 4)
 
 
+class Ways(Callback):
+    """Notes how groups are updated at the end of a run: after it, optimizers are as they were made."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: Module) -> None:
+        self.fused = [group.get("fused") for optimizer in trainer.optimizers for group in optimizer.param_groups]
+
+
 def trained(module: Module, **settings: Any) -> Trainer:
-    trainer = Trainer(**{**QUIET, **settings})
+    trainer = Trainer(**{**QUIET, **settings, "callbacks": [*settings.get("callbacks", []), Ways()]})
     trainer.fit(module, loader())
     return trainer
 
 
 def fused(trainer: Trainer) -> list[Any]:
-    return [group["fused"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return next(callback.fused for callback in trainer.callbacks if isinstance(callback, Ways))
 
 
 def weights(module: nn.Module) -> list[Tensor]:
@@ -279,7 +286,7 @@ def test_a_checkpoint_of_a_run_that_chose_otherwise_is_resumed_in_this_runs_way(
     whole = Net()
     trained(whole, fused_optimizers=wrote, enable_checkpointing=True, callbacks=[keep])
     module = Net()
-    trainer = Trainer(**QUIET, fused_optimizers=reads)
+    trainer = Trainer(**QUIET, fused_optimizers=reads, callbacks=[Ways()])
     with nullcontext() if wrote == reads else pytest.warns(UserWarning, match=r"bits +Trainer\(fused_optimizers\)"):
         trainer.fit(module, loader(), ckpt_path=tmp_path / "step=4.ckpt")
     assert fused(trainer) == [reads or None]
@@ -323,7 +330,7 @@ def test_schedules_and_copies_of_an_optimizer_work() -> None:
     trainer = trained(Scheduled())
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.025
     copied = copy.deepcopy(trainer.optimizers[0])
-    assert copied.param_groups[0]["fused"] is True
+    assert copied.param_groups[0]["lr"] == 0.025
 
 
 def test_an_optimizer_without_parameters_that_learn_is_left_alone() -> None:
@@ -375,3 +382,80 @@ def test_step_hooks_of_ones_own_are_called_as_ever() -> None:
     called: list[str] = []
     assert fused(trained(Hooked())) == [True]
     assert called == ["own", "late"] * 12
+
+
+class Shared(Net):
+    """Gives every fit one and the same optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__(MAKERS["momentum"])
+        self.one = super().configure_optimizers()
+
+    def configure_optimizers(self) -> Any:
+        return self.one
+
+
+def test_an_optimizer_is_given_back_as_it_was_made() -> None:
+    module, plain = Shared(), Shared()
+    for net, settings in ((module, {}), (plain, {"fused_optimizers": False})):
+        net.layers[1].requires_grad_(False)
+        trained(net, **settings)
+        net.layers[1].requires_grad_(True)  # torch's fused kernel fails where some have a momentum and others do not
+        trained(net, **settings)
+    for one, other in zip(weights(module), weights(plain), strict=True):
+        torch.testing.assert_close(one, other)
+    assert module.one.param_groups[0]["fused"] is None
+    assert fused(trained(module, fused_optimizers=False)) == [None]
+
+
+def test_a_format_that_a_hook_gives_the_weights_of_a_resumed_run_is_that_of_its_state(tmp_path: Path) -> None:
+    class Laid(Net):
+        def on_train_start(self) -> None:
+            self.to(memory_format=torch.channels_last)
+
+    module, plain = Laid(MAKERS["momentum"]), Laid(MAKERS["momentum"])
+    trained(Laid(MAKERS["momentum"]), max_epochs=1).save_checkpoint(path := tmp_path / "it.ckpt")
+    Trainer(**QUIET).fit(module, loader(), ckpt_path=path)
+    with pytest.warns(UserWarning, match="bits"):
+        Trainer(**QUIET, fused_optimizers=False).fit(plain, loader(), ckpt_path=path)
+    for one, other in zip(weights(module), weights(plain), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("hooks", ["gradient", "step"])
+def test_a_gradient_that_a_hook_of_torchs_exchanges_later_is_updated_right(hooks: str) -> None:
+    class Exchanging(Net):
+        def exchange(self, *_: Any) -> None:
+            weight = self.layers[1].weight
+            if self.trainer.global_step > 2 and weight.grad is not None:
+                weight.grad = weight.grad.contiguous(memory_format=torch.channels_last)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            if hooks == "step":
+                optimizer.register_step_pre_hook(self.exchange)
+            else:
+                self.layers[1].weight.register_post_accumulate_grad_hook(self.exchange)
+            return optimizer
+
+    module, plain = Exchanging(MAKERS["momentum"]), Exchanging(MAKERS["momentum"])
+    assert fused(trained(module)) == [None]
+    trained(plain, fused_optimizers=False)
+    for one, other in zip(weights(module), weights(plain), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("fused_optimizers", [True, False])
+def test_autograd_notices_that_an_update_changed_what_a_graph_still_needs(fused_optimizers: bool) -> None:
+    class Stale(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            loss = self.layers(batch[0]).relu().square().mean() + self.layers[3].weight.square().sum()
+            self.manual_backward(loss, retain_graph=True)
+            optimizer.step()
+            self.manual_backward(loss)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        trained(Stale(), fused_optimizers=fused_optimizers)

@@ -486,7 +486,7 @@ class Tiny(Module):
 FRAMEWORK = (str(Path(trainkit.__file__).parent), str(Path(trainkit.__file__).parent.parent / "callbacks"))
 
 
-def framework_calls(steps: int, module: Module, **settings: Any) -> Counter[str]:
+def framework_calls(steps: int, module: Module, in_a_list: bool = False, **settings: Any) -> Counter[str]:
     """Count the Python calls in framework files during a fit of so many steps."""
     calls: Counter[str] = Counter()
 
@@ -495,7 +495,8 @@ def framework_calls(steps: int, module: Module, **settings: Any) -> Counter[str]
             calls[f"{Path(frame.f_code.co_filename).name}:{frame.f_code.co_name}"] += 1
 
     trainer = Trainer(accelerator="cpu", max_epochs=1, log_every_n_steps=10**6, enable_model_summary=False, **settings)
-    loader = InMemory(*batches(1) * steps)
+    made = batches(1) * steps
+    loader = DataLoader(made, batch_size=None) if in_a_list else InMemory(*made)  # a list draws no random numbers
     sys.setprofile(count)
     try:
         trainer.fit(module, loader)
@@ -516,6 +517,13 @@ def test_a_step_makes_few_calls_in_framework_files(settings: dict[str, Any], mos
     few, many = framework_calls(50, Tiny(), **settings), framework_calls(250, Tiny(), **settings)
     per_step = {name: (many[name] - few[name]) / 200 for name in many if many[name] - few[name] >= 200}
     assert sum(per_step.values()) <= most, per_step
+
+
+@pytest.mark.filterwarnings("ignore:log_every_n_steps")
+def test_a_step_on_batches_in_a_list_makes_few_calls_in_framework_files() -> None:
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    made = [framework_calls(steps, Tiny(), in_a_list=True, **settings) for steps in (200, 400)]
+    assert (sum(made[1].values()) - sum(made[0].values())) / 200 <= 21
 
 
 def test_two_frames_lie_between_the_call_of_fit_and_the_training_step() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch.utils.data import DataLoader
 
+from trainkit.data.indexed import in_memory
 from trainkit.data.workers import suggested_max_num_workers
 from trainkit.memory import swapped_out
 from trainkit.timing import PARTS
@@ -117,11 +118,17 @@ def _waiting_for_data(trainer: Trainer, made: Report) -> Iterator[Advice]:
     training = made.total - made.seconds["validation"]
     if waited < WAITED or made.seconds["data_wait"] < WAITING * training:
         return
-    loaders = [part.source for loader in trainer.sources.loaders.get("train", ()) for part in loader.parts]
-    workers = [loader.num_workers for loader in loaders if isinstance(loader, DataLoader)]
+    sources = [part.source for loader in trainer.sources.loaders.get("train", ()) for part in loader.parts]
+    loaders = [source for source in sources if isinstance(source, DataLoader)]
+    workers = [loader.num_workers for loader in loaders]
     most = suggested_max_num_workers(1)
     if not workers:
         what = "the loader is not a DataLoader: one with num_workers prepares batches while the model computes"
+    elif any(map(in_memory, loaders)):  # for which no workers are started
+        what = (
+            "data in memory gathered already, which workers would only slow down: samples of fewer bytes (uint8, "
+            "float16), made floats by the step, are gathered faster"
+        )
     elif max(workers) < most:
         what = f"num_workers={max(workers)}: try DataLoader(..., num_workers={most})"
     elif not max(workers):

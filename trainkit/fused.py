@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from trainkit.callback import Callback
@@ -42,11 +44,12 @@ def choose_fused(trainer: Trainer) -> list[Watch]:
     for optimizer in trainer.optimizers:
         if type(optimizer) not in CLASSES:
             continue
-        groups = [g for g in optimizer.param_groups if is_open(g) and wins(g) and fits(g["params"], sparse)]
-        for group in groups:
-            group["fused"] = True
-        if groups:
-            watches.append(Watch(optimizer, for_ever=replaced))
+        groups = optimizer.param_groups
+        places = [at for at, g in enumerate(groups) if is_open(g) and wins(g) and fits(g["params"], sparse)]
+        for at in places:
+            groups[at]["fused"] = True
+        if places:
+            watches.append(Watch(optimizer, places, for_ever=replaced))
     return watches
 
 
@@ -97,33 +100,66 @@ class Watch:
 
     Args:
         optimizer: which.
+        places: which of its groups use fused kernels because nobody chose; loading a checkpoint makes new ones.
         for_ever: look at gradients before every step.
     """
 
-    def __init__(self, optimizer: Optimizer, for_ever: bool) -> None:
+    def __init__(self, optimizer: Optimizer, places: list[int], for_ever: bool) -> None:
+        self.optimizer, self.places = optimizer, places
         self.for_ever, self.done = for_ever, False
         self.momentum = any(group.get("momentum") for group in optimizer.param_groups)
         self.handle = optimizer.register_step_pre_hook(self.look)
+        self.alone = len(optimizer._optimizer_step_pre_hooks) == 1  # hooks of the user's may replace gradients, too
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The groups that use fused kernels because nobody chose."""
+        groups = self.optimizer.param_groups
+        return [groups[at] for at in self.places if at < len(groups) and groups[at].get("fused")]
 
     def look(self, optimizer: Optimizer, *_: Any) -> None:
         """Look at the gradients that are there."""
         if not self.done:
+            self.for_ever = self.for_ever or not self.alone or any(map(has_own_hook, parameters_of(self.groups)))
             self.done = not self.for_ever
-            for group in optimizer.param_groups:
-                if group.get("fused") and not all(map(has_fitting_gradient, group["params"])):
+            for group in self.groups:
+                if not all(map(has_fitting_gradient, group["params"])):
                     group["fused"] = None
+            lay_state(optimizer)  # a format that hooks gave the weights after a checkpoint was loaded
+            if self.for_ever:  # a graph may outlive the step, and torch's kernels do not tell autograd what they change
+                increment_version([p for p in parameters_of(self.groups) if p.grad is not None])
         if self.momentum:
-            for group in optimizer.param_groups:
-                if group.get("fused"):
-                    begin_momentum(optimizer, group)
+            for group in self.groups:
+                begin_momentum(optimizer, group)
         elif self.done:
             hooks = optimizer._optimizer_step_pre_hooks
             if next(reversed(hooks)) == self.handle.id:  # torch is going through them: others follow
-                self.close()
+                self.handle.remove()
 
     def close(self) -> None:
-        """Look no more."""
+        """Look no more; whoever goes on with the optimizer has it as it was made."""
         self.handle.remove()
+        for group in self.groups:
+            group["fused"] = None
+
+
+def parameters_of(groups: Iterable[dict[str, Any]]) -> Iterator[Tensor]:
+    """Go through the parameters of some groups."""
+    return chain.from_iterable(group["params"] for group in groups)
+
+
+def has_own_hook(parameter: Tensor) -> bool:
+    """Whether user code is called when a gradient is there, and may exchange it."""
+    return bool(parameter._post_accumulate_grad_hooks)
+
+
+def lay_state(optimizer: Optimizer) -> None:
+    """Lay an optimizer's state in memory as its parameters lie: fused kernels go through both in one order."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            alike = isinstance(value, Tensor) and value.shape == parameter.shape and value.layout == parameter.layout
+            if alike and value.layout is torch.strided and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def begin_momentum(optimizer: Optimizer, group: dict[str, Any]) -> None:

@@ -6,10 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
 from trainkit.errors import CheckpointError
+from trainkit.fused import lay_state
 from trainkit.random import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -100,14 +98,7 @@ class Updating:
                 "param_groups": [{**saved, **way} for saved, way in zip(state["param_groups"], ways, strict=True)],
             }
         self.optimizer.load_state_dict(state)
-        for parameter, values in self.optimizer.state.items():
-            for name, value in values.items():
-                alike = (
-                    isinstance(value, Tensor) and value.shape == parameter.shape and value.layout == parameter.layout
-                )
-                if alike and value.layout is torch.strided and value.stride() != parameter.stride():
-                    # fused kernels go through weights and state in one order
-                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        lay_state(self.optimizer)
 
 
 class ByKey:

@@ -18,6 +18,7 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
     default_collate,
+    default_convert,
 )
 
 
@@ -102,7 +103,7 @@ def draws_nothing(loader: DataLoader[Any]) -> bool:
             data.extend(part.datasets)
         elif type(part) not in plain:
             return False
-    return loader.collate_fn is default_collate
+    return loader.collate_fn in (default_collate, default_convert)
 
 
 def length_of(source: Any) -> int | float:

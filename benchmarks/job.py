@@ -86,7 +86,7 @@ class Job:
         defaults: logger, progress bar, checkpoints and summary as the peer has them when nothing is said about them.
             False: all of that is off.
         log: how many scalars the step logs, all of them the loss.
-        best: the hand-written loop and trainkit use the fused optimizer.
+        best: the hand-written loop uses the fused optimizer, as trainkit does by itself.
     """
 
     net: nn.Module

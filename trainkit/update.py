@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainkit.errors import MisconfigurationException
+from trainkit.fused import parameters_of
 from trainkit.hooks import announced, is_overridden
 from trainkit.metrics import TRAIN_BATCH
 from trainkit.nonfinite import guard_of
@@ -79,7 +80,8 @@ class Update:
     def _clip(self, optimizer: Optimizer) -> None:
         trainer, limit = self.trainer, self.trainer.gradient_clip_val
         assert limit is not None
-        trainer.strategy.clip_gradients(parameters_of(optimizer), limit, trainer.gradient_clip_algorithm)
+        parameters = list(parameters_of(optimizer.param_groups))
+        trainer.strategy.clip_gradients(parameters, limit, trainer.gradient_clip_algorithm)
 
     def _clip_as_configured(self, optimizer: Optimizer) -> None:
         trainer = self.trainer
@@ -109,11 +111,6 @@ def clear(epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
 def changed(precision: Precision, name: str) -> Callable[..., Any] | None:
     """Return a precision's method, None where it is plain float32's, which adds nothing to what torch does."""
     return None if getattr(type(precision), name) is getattr(Precision, name) else getattr(precision, name)
-
-
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """Return all parameters of an optimizer."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def wants_closure(optimizer: Optimizer) -> bool:

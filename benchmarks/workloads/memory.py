@@ -27,7 +27,7 @@ def measure(case: str, peer: str, quick: bool, folder: Path) -> dict[str, Any]:
     map_each_tensor()
     warm_up_torch()
     job = cnn.make_job(folder, 8)[0] if case == "cnn" else transformer.make_job(folder, 12)
-    job.best = False  # a fused optimizer is no matter of memory
+    job.best = False  # by hand with the plain optimizer, as the peers; the kernel is no matter of memory
     gc.collect()  # what is garbage now would make room during training
     give_back_free_memory()
     baseline = resident_mb()

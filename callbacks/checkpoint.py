@@ -18,7 +18,7 @@ from trainkit.callbacks.monitor import Event, Watch, check_mode, looks_at_epoch_
 from trainkit.checkpoint import disk, naming, policy, saving, store
 from trainkit.checkpoint.ledger import Decision, Files, Finder, Outcome, Written, described, free_path
 from trainkit.checkpoint.lock import Ownership
-from trainkit.checkpoint.outcome import check_clock, follow, outcome_of, seen
+from trainkit.checkpoint.outcome import elapsed, follow, outcome_of, seen
 from trainkit.checkpoint.policy import Moment, Saved
 from trainkit.checkpoint.snapshot import Snapshot
 from trainkit.checkpoint.writing import newest_known, save, saves, tidy
@@ -300,7 +300,6 @@ class ModelCheckpoint(Checkpoint):
         self._end_run()
         if self._watch is not None:
             self._watch.begin()
-        check_clock(self, trainer)
         self._resumed_from = trainer.resume_path
         self._named = trainer.resume_path if trainer.resumed_by_name else None
         if stage != "fit" or trainer.fast_dev_run:
@@ -351,7 +350,7 @@ class ModelCheckpoint(Checkpoint):
         step = trainer.global_step
         if step == self._decided_step:  # no update since: inside an accumulation window
             return
-        if self._when_batch(Moment("batch", trainer.current_epoch, step, time.monotonic() - self._clock)):
+        if self._when_batch(Moment("batch", trainer.current_epoch, step, elapsed(self, trainer))):
             self._decided_step, self._clock = step, time.monotonic()
             self._decide(trainer, "batch")
 

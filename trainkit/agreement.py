@@ -2,18 +2,23 @@
 
 One may be told to stop by a signal, a clock or a user's callback that the others know nothing of. If it stopped alone,
 the others would wait for it for ever. So what a process wants is sent along with the gradients of its next update, and
-what anybody wants happens on all of them after that one: no message more is sent than without it. Where no gradients
+what anybody wants happens on all of them after that one: no message more is sent than without it. What is done after
+some time is done when it is over on rank 0's clock. Where no gradients
 are sent (between epochs, after a validation, with manual optimization at log points) they ask each other.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from trainkit.checkpoint.outcome import overdue
 from trainkit.errors import MisconfigurationException
 from trainkit.signals import NOTED
 from trainkit.strategies.ddp import Wishes
@@ -34,14 +39,17 @@ class Agreement:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.device = trainer, trainer.strategy.device
-        self.wishes = Wishes(("stop", *map(str, NOTED)), self.device)
+        self._timed = _timed(trainer)
+        self._due: set[str] = set()
+        self._deaf: dict[str, int] = {}  # to so many wishes that were made before their fulfilment was known
+        self.wishes = Wishes(("stop", *map(str, NOTED), *self._timed), self.device)
         self.stop = False
         """Whether somebody has set `should_stop`."""
         self.signal: int | None = None
         """A signal that somebody got."""
         self._lacking = self._by_hand = False
         self._share = 1.0
-        self._told: tuple[bool, int | None] = (False, None)
+        self._told: tuple[Any, ...] = (False, None, *[False] * len(self._timed))
         self._on_its_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     # ---- a batch
@@ -57,7 +65,7 @@ class Agreement:
         self._by_hand = averages and self._lacking
         self._share = train.share(epoch, batch_idx)
         self.trainer.strategy.sync(averages and not self._lacking)
-        wish = (self.trainer.should_stop, self.trainer.interruption.signal)
+        wish = (self.trainer.should_stop, self.trainer.interruption.signal, *(self._over() if self._timed else ()))
         if wish != self._told:
             self._told = wish
             self.wishes.own.copy_(self._wished())
@@ -92,12 +100,29 @@ class Agreement:
 
     def now(self) -> None:
         """Ask each other now; all processes call it at the same place."""
-        self._take(self.trainer.strategy.all_reduce(self._wished().to(self.device)))
         self._on_its_way.clear()
+        self._deaf.clear()
+        self._take(self.trainer.strategy.all_reduce(self._wished().to(self.device)))
+
+    def due(self, name: str) -> bool:
+        """Return once, on all processes after the same update, that the time of something timed is over.
+
+        Args:
+            name: "validation", or a callback's `state_key`.
+        """
+        if name not in self._due:
+            return False
+        self._due.remove(name)
+        self._deaf[name] = len(self._on_its_way)
+        return True
 
     def _wished(self) -> Tensor:
         signal = self.trainer.interruption.signal
-        return torch.tensor([self.trainer.should_stop, *(signal == number for number in NOTED)], dtype=torch.float32)
+        wished = [self.trainer.should_stop, *(signal == number for number in NOTED), *self._over()]
+        return torch.tensor(wished, dtype=torch.float32)
+
+    def _over(self) -> list[bool]:
+        return [self.trainer.is_global_zero and over() for over in self._timed.values()]
 
     def _hear_later(self, heard: Tensor) -> None:
         host = torch.empty_like(heard, device="cpu", pin_memory=True).copy_(heard, non_blocking=True)
@@ -110,9 +135,26 @@ class Agreement:
             self._take(host)
 
     def _take(self, heard: Tensor) -> None:
-        stop, *signals = heard.tolist()
+        stop, *others = heard.tolist()
+        signals, timed = others[: len(NOTED)], others[len(NOTED) :]
+        for name, wished in zip(self._timed, timed, strict=True):
+            if deaf := self._deaf.get(name, 0):
+                self._deaf[name] = deaf - 1
+            elif wished > 0:
+                self._due.add(name)
         if stop > 0:
             self.stop = self.trainer.should_stop = True
         if any(signals) and self.signal is None:
             self.signal = next(number for number, wished in zip(NOTED, signals, strict=True) if wished > 0)
             self.trainer.interruption.signal = self.signal
+
+
+def _timed(trainer: Trainer) -> dict[str, Callable[[], bool]]:
+    """Return what is done after some time, each with what says whether that is over."""
+    interval, timed = trainer.val_check_interval, {}
+    if isinstance(interval, timedelta):
+        timed["validation"] = lambda: trainer._since_validation.passed(interval)
+    for callback in trainer.callbacks:
+        if getattr(callback, "train_time_interval", None) is not None:
+            timed[callback.state_key] = partial(overdue, callback)  # type: ignore[arg-type]
+    return timed

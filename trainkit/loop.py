@@ -221,7 +221,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches], undo: Undo | 
     Raises:
         CutShort: a signal came, and it is as if nothing had happened.
     """
-    if not any(loader.num_batches for loader in loaders):
+    if not any(loader.num_batches or loader.elsewhere for loader in loaders):
         return []
     check_dataloader_idx(trainer.module, stage, several=len(loaders) > 1)
     hooks, metrics, transfer = trainer.hooks.evaluation(stage, len(loaders)), trainer.metrics, trainer.transfer
@@ -262,7 +262,7 @@ def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] |
 
     Without a batch nothing runs, and there is nothing to return.
     """
-    if not any(loader.num_batches for loader in loaders):
+    if not any(loader.num_batches or loader.elsewhere for loader in loaders):
         return None
     check_dataloader_idx(trainer.module, "predict", several=len(loaders) > 1)
     hooks, metrics, transfer = trainer.hooks.evaluation("predict", len(loaders)), trainer.metrics, trainer.transfer

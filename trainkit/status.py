@@ -199,6 +199,8 @@ class Status:
         if n is not None and (self.progress.epoch + 1) % n:
             return False
         if isinstance(interval, timedelta):
+            if self.agreement is not None:
+                return self.agreement.due("validation")
             return self._since_validation.passed(interval)
         if self.stop_wanted and self._may_stop():
             return True

@@ -154,6 +154,47 @@ def test_a_signal_to_one_process_ends_all_of_them_saved_at_the_same_step(told: T
     assert len(list(tmp_path.rglob("*.ckpt"))) == 1
 
 
+TIMED = """
+import time
+from datetime import timedelta
+from trainkit.callbacks import ModelCheckpoint
+
+NEVER, SOON = timedelta(hours=1), timedelta(seconds=0.1)  # only rank 0's clock counts
+saves, validations = [], []
+
+class Notes(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        time.sleep(0.02)
+
+    def on_validation_end(self, trainer, pl_module):
+        validations.append(trainer.global_step)
+
+class Keep(ModelCheckpoint):
+    def on_save_point(self, trainer, pl_module):
+        before = self.last_model_path, len(self.best_k_models), self.best_model_path
+        super().on_save_point(trainer, pl_module)
+        if before != (self.last_model_path, len(self.best_k_models), self.best_model_path):
+            saves.append(trainer.global_step)
+
+first = os.environ["RANK"] == "0"
+interval = SOON if first else NEVER
+keep = Keep(sys.argv[1], train_time_interval=interval, save_top_k=-1, save_last=False)
+t = trainer(callbacks=[keep, Notes()], max_epochs=4, enable_checkpointing=True, val_check_interval=interval,
+            check_val_every_n_epoch=None, num_sanity_val_steps=0)
+t.fit(Net(), data(), data())
+tell(saves=saves, validations=validations)
+"""
+
+
+def test_what_is_done_after_some_time_is_done_by_all_when_the_first_ones_clock_says_so(
+    told: Told, tmp_path: Path
+) -> None:
+    first, second = told(2, TIMED, str(tmp_path / "run"))
+    assert first == second
+    assert len(first["saves"]) > 1
+    assert len(first["validations"]) > 1
+
+
 MANUAL = """
 class Manual(Net):
     def __init__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,7 +13,6 @@ from trainkit.checkpoint import policy, saving, store
 from trainkit.checkpoint.io import is_own
 from trainkit.checkpoint.ledger import Decision, Files, Outcome, Written, described, newest_of
 from trainkit.checkpoint.policy import Saved
-from trainkit.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from trainkit.checkpoint.snapshot import Snapshot
@@ -40,6 +40,7 @@ class Keeper(Protocol):
     _files: Files
     _decision: Decision | None
     _written: Written | None
+    _clock: float
     _in_flight: bool
     _snapshot: Snapshot | None
     _never_finite: frozenset[str]
@@ -47,6 +48,8 @@ class Keeper(Protocol):
     _named: str | None
     _warned: set[str]
 
+    @property
+    def state_key(self) -> str: ...
     @property
     def mode(self) -> str: ...
     @property
@@ -66,13 +69,16 @@ FOLLOWED = (
 """What the processes that do not write learn from the one that does."""
 
 
-def check_clock(callback: Keeper, trainer: Trainer) -> None:
-    """Refuse to decide by time where several processes have a clock each."""
-    if callback.train_time_interval is not None and trainer.world_size > 1:
-        raise MisconfigurationException(
-            f"ModelCheckpoint(train_time_interval={callback.train_time_interval}): {trainer.world_size} processes have "
-            "as many clocks. Use every_n_train_steps."
-        )
+def elapsed(callback: Keeper, trainer: Trainer) -> float:
+    """Return the seconds since the last save by time; where several processes agree on it, none or more than any."""
+    if trainer.agreement is None or callback.train_time_interval is None:
+        return time.monotonic() - callback._clock
+    return math.inf if trainer.agreement.due(callback.state_key) else 0.0
+
+
+def overdue(callback: Keeper) -> bool:
+    """Whether this process's clock says that it is time to save."""
+    return time.monotonic() - callback._clock >= float(callback.train_time_interval.total_seconds())
 
 
 def seen(callback: Keeper) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class Batches:
     """Whether other processes may have batches though this one has none: all of them begin and end an evaluation."""
     together: Together | None = None
     """Who asks the other processes whether they have another batch; None where that is known."""
+    must_keep_length = False
+    """Whether fewer batches than it claims are an error, since other processes count on them."""
     must_yield = False
     """Whether an epoch without a batch is an error, even when no length promises one."""
     read_once = False
@@ -202,6 +204,12 @@ class Batches:
         return True
 
     def _tell_of_fewer(self, batches: int) -> None:
+        if self.must_keep_length:
+            raise MisconfigurationException(
+                f"{self.name} yielded {batches} batches in this process although its length is {self.claimed}, and the "
+                "other processes count on its length. Let `len` say how many there are, or leave it out: then they "
+                "ask each other before each batch."
+            )
         if self.claimed != math.inf and not self._warned:
             self._warned = True
             warn(f"{self.name} yielded {batches} batches although its length is {self.claimed}; the epoch ends there.")

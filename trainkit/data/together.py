@@ -2,7 +2,8 @@
 
 A process that trains on while another one's data are over would wait for it for ever, so the first one's end is the end
 of all. That takes one small message a batch, of data of which nobody knows before how many batches they have: streams
-without a length. Data with indices are dealt out by arithmetic (`slices`), and nobody asks.
+without a length, and those that a DataLoader reads. What has a length of its own has to keep it. Data with indices are
+dealt out by arithmetic (`slices`), and nobody asks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from trainkit.errors import MisconfigurationException, warn
 from trainkit.strategies import Strategy
@@ -125,8 +127,10 @@ def _check_same_data(name: str, lengths: list[float]) -> None:
 def _end_together(strategy: Strategy, loader: Loader, made: Batches, lengths: list[float]) -> None:
     """Let the epochs of data that each process has for itself end with the shortest."""
     least, most = min(lengths), max(lengths)
-    if loader.indexed is None or not loader.indexed.sure:  # a length is a promise that a stream may not keep
+    if not _is_sure(loader):
         _ask_for_more(strategy, made)
+    elif loader.indexed is None:
+        made.must_keep_length = True
     if most == math.inf:
         least = most
     elif least < most:
@@ -136,6 +140,13 @@ def _end_together(strategy: Strategy, loader: Loader, made: Batches, lengths: li
         )
     if loader.claimed != least:
         loader.claimed, loader.num_batches = least, loader.limit_to(least)
+
+
+def _is_sure(loader: Loader) -> bool:
+    """Whether its length holds: a DataLoader's is a guess where workers share a stream, anything else's its own word."""
+    if loader.indexed is not None:
+        return loader.indexed.sure
+    return loader.claimed != math.inf and not isinstance(loader.source, DataLoader)
 
 
 def _ask_for_more(strategy: Strategy, made: Batches) -> None:

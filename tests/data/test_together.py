@@ -34,6 +34,10 @@ SOURCE = """
         def __iter__(self):
             return (torch.full((1,), float(number)) for number in range(self.size))
 
+    class SizedStream(Sized, IterableDataset):
+        def __iter__(self):
+            return (torch.tensor(float(number)) for number in range(self.size))
+
     class Counting(Stream):
         position = 0
 
@@ -90,8 +94,8 @@ SOURCE = """
         "alike": lambda: DataLoader(Stream(4), 1),
         "none on rank 0": lambda: DataLoader(Stream(3 * rank), 1),
         "lengths": lambda: Sized(5 - 2 * rank, 5 - 2 * rank),
-        "a length that is wrong": lambda: Sized(5 - 2 * rank, 5),
-        "alike, and wrong": lambda: Sized(3, 5),
+        "a length that is wrong": lambda: DataLoader(SizedStream(5 - 2 * rank, 5), 1),
+        "alike, and wrong": lambda: DataLoader(SizedStream(3, 5), 1),
         "with a state": lambda: DataLoader(Counting(4 + rank), 1),
         "beside a longer one": lambda: {"a": DataLoader(Stream(2), 1), "b": DataLoader(Stream(5 - rank), 1)},
         "other kinds": lambda: [DataLoader(Stream(2), 1)] * (1 + rank),
@@ -114,6 +118,18 @@ SOURCE = """
     trainer, found["rest"] = fit(DataLoader(Counting(6 + rank), 1), ckpt_path="half.ckpt")
     print(json.dumps(found))
 """
+
+
+BROKEN = SOURCE.split("    cases = {")[0] + """
+    fitted = trainer_of(max_epochs=1)
+    fitted.fit(Net(), Sized(5 - 2 * rank, 5))
+"""
+
+
+def test_a_loader_that_gives_less_than_its_length_ends_the_run_of_all(processes: Callable[..., Any]) -> None:
+    both = processes(2, BROKEN, timeout=60, check=False)
+    assert all(result.code != 0 for result in both)
+    assert "yielded 3 batches in this process although its length is 5" in both[1].err
 
 
 @pytest.fixture(scope="module")

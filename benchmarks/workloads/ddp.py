@@ -1,7 +1,7 @@
 """(k) DDP on two processes: what is added to the loop by hand around torch's DistributedDataParallel.
 
-The two processes share the cores with what moves their gradients, so a step's CPU time is measured in the first of them,
-beside its wall time.
+The two processes share the cores with what moves their gradients, so a step's CPU time is measured in the first of
+them, beside its wall time.
 """
 
 from __future__ import annotations

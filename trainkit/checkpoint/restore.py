@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from trainkit.channels_last import as_saved
-from trainkit.checkpoint import changes, lightning, store
+from trainkit.checkpoint import changes, layout, lightning, store
 from trainkit.errors import (
     CheckpointError,
     IncompleteCheckpointError,
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 LAID = ("state_dict", "optimizer_states")
 """Where in a checkpoint tensors are that `channels_last` lays in another order."""
+
+
+NOT_HELD = ("optimizer_states", "ranks")
+"""Where in a checkpoint nothing is kept under the name of a module's tensor."""
 
 
 def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
@@ -139,6 +143,8 @@ def restore_weights(trainer: Trainer, checkpoint: dict[str, Any], path: Path) ->
             f"{path} has only weights (optimizer_states missing): a run can't be resumed from it. "
             f"Start a new run from its weights: {type(module).__name__}.load_from_checkpoint({str(path)!r})."
         )
+    own = module.state_dict()
+    checkpoint.update({key: layout.as_held(value, own) for key, value in checkpoint.items() if key not in NOT_HELD})
     module.on_load_checkpoint(checkpoint)
     if fitting:  # given back when the rest of the checkpoint does not fit
         trainer.weights_before = copied(module.state_dict())
@@ -180,6 +186,7 @@ def _restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> No
     _check_optimizers(trainer.optimizers, checkpoint["optimizer_states"], path)
     changes.check_groups(trainer, checkpoint, path)
     changes.check(trainer, checkpoint, path, trainer.ckpt_strict)
+    checkpoint["optimizer_states"] = layout.as_stepped(checkpoint["optimizer_states"], trainer.optimizers)
     for key, part in parts.items():
         try:
             part.load_state_dict(checkpoint[key])

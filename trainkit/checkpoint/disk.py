@@ -100,7 +100,8 @@ def link_or_copy(source: StrPath, path: StrPath, symbolic: bool = False, replace
         source: the file just written.
         path: its second name.
         symbolic: make a symbolic link, relative to the directory; it is of no use when its target is removed. By
-            default a hard link: both names are the file. Where there are no hard links, it is copied.
+            default a hard link: both names are the file, or, of a directory, both names of each of its files. Where
+            there are no hard links, it is copied.
         replace: whether it takes the place of a file of that name.
 
     Raises:
@@ -113,19 +114,39 @@ def link_or_copy(source: StrPath, path: StrPath, symbolic: bool = False, replace
     try:
         if symbolic:
             os.symlink(os.path.relpath(origin, directory), temporary)
+        elif is_checkpoint_directory(origin):
+            writing.add(os.path.basename(temporary))
+            _link_files(origin, temporary)
         else:
             os.link(origin, temporary)
     except OSError as error:
-        if error.errno in _NO_LINKS:
+        if error.errno in _NO_LINKS and not os.path.isdir(origin):
             return copy(origin, target, replace)
+        discard(temporary)
         raise not_written(target, error) from error
     try:
         rename(temporary, target, replace)
     except OSError as error:
         discard(temporary)
         raise not_written(target, error) from error
+    finally:
+        writing.discard(os.path.basename(temporary))
     discard(temporary)  # a rename between two names of one file does nothing
     sync_name(target, replace)
+
+
+def _link_files(origin: str, directory: str) -> None:
+    """Make a directory with second names of all files of another one; where there are no links, with copies."""
+    os.mkdir(directory, 0o700)
+    for name in names_in(origin):
+        try:
+            os.link(os.path.join(origin, name), os.path.join(directory, name))
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with open(os.path.join(origin, name), "rb") as source, created(os.path.join(directory, name)) as file:
+                shutil.copyfileobj(source, file, _CHUNK)
+    sync(directory)
 
 
 def open_to_read(path: StrPath) -> BinaryIO:
@@ -148,7 +169,12 @@ def open_to_read(path: StrPath) -> BinaryIO:
 def remove(path: StrPath) -> bool:
     """Delete a file; return whether it is gone. A failure is a warning: too many files never end a run."""
     try:
-        os.unlink(path)
+        if is_checkpoint_directory(path) and not os.path.islink(path):
+            hidden = temporary_in(os.path.dirname(os.path.abspath(path)))
+            os.rename(path, hidden)  # at once; of what this process does not live to remove the next run knows
+            discard(hidden)
+        else:
+            os.unlink(path)
     except FileNotFoundError:
         return True
     except OSError as error:

@@ -37,6 +37,8 @@ KIND = "trainkit-sharded"
 MAX_BYTES = 1 << 30
 MAX_VALUES = 50_000_000
 PLAIN = "plain.data"
+SPREAD = "spread/"
+"""How the record of a spread tensor begins; where it is in the state follows."""
 ITEM_SIZES = {
     **dict.fromkeys(("bool", "uint8", "int8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"), 1),
     **dict.fromkeys(("float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"), 1),

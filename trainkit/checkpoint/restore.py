@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from trainkit.channels_last import as_saved
-from trainkit.checkpoint import changes, layout, lightning, store
+from trainkit.checkpoint import changes, layout, lightning, manifest, store
+from trainkit.checkpoint.io import is_own
 from trainkit.errors import (
     CheckpointError,
     IncompleteCheckpointError,
@@ -313,6 +314,19 @@ def _listed(what: str, keys: list[str], most: int = 10) -> list[str]:
         return []
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return [f"  {what}: {', '.join(keys[:most])}{more}"]
+
+
+def load(trainer: Trainer, path: str | PathLike[str]) -> dict[str, Any]:
+    """Return what a checkpoint holds, its tensors on the host.
+
+    Of a directory that is read where weights are spread, each process reads of these what it has, when that is known.
+    Here all its files are compared with what was written, each by one of the processes.
+    """
+    if not trainer.strategy.sharded or not is_own(trainer.checkpoint_io) or not manifest.is_ours(path):
+        return trainer.checkpoint_io.load_checkpoint(path)
+    from trainkit.checkpoint import jointly
+
+    return jointly.load(trainer, path)
 
 
 def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str) -> str | PathLike[str] | None:

@@ -22,6 +22,10 @@ class Strategy:
 
     parallel = False
     """Whether it is one of several processes, or acts as if: then `sync` and its like are called."""
+    sharded = False
+    """Whether parameters are spread over processes, as torch's DTensor, of which each has a part."""
+    sharded_checkpoints = False
+    """Whether a checkpoint is a directory that all processes write together."""
     world = World()
     """The processes of the run, and which of them this is."""
 

@@ -159,7 +159,7 @@ class Carry(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, carrier: Tensor, own: Tensor) -> Tensor:
         ctx.own = own
-        return loss.view_as(loss)
+        return loss.clone()  # FSDP warns of views
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

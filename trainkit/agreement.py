@@ -70,9 +70,9 @@ class Agreement:
                 f"batch {batch_idx} has fewer samples than there are processes, and with manual optimization only "
                 "training_step knows how gradients are averaged. Use drop_last=True, or a batch size that fits."
             )
-        self._by_hand = averages and self._lacking and not strategy.sharded
+        self._by_hand = averages and (strategy.averages_by_hand or (self._lacking and not strategy.sharded))
         self._share = train.share(epoch, batch_idx)
-        strategy.sync(averages and not self._by_hand)
+        strategy.sync(averages and (strategy.sharded or not self._by_hand))
         wish = (self.trainer.should_stop, self.trainer.interruption.signal, *(self._over() if self._timed else ()))
         if wish != self._told:
             self._told = wish
@@ -98,12 +98,12 @@ class Agreement:
                 f"training_step returned None on rank {self.trainer.global_rank} (batch {self.trainer.batch_idx}): "
                 "the other processes wait for its gradients. Return a loss that is zero, such as 0.0 * loss."
             )
-        if empty and self.trainer.strategy.sharded:
+        takes_part = empty and self.trainer.strategy.sharded
+        if takes_part:
             self.trainer.update.backward(train_along(self.trainer, training_step, self.trainer.batch_idx))
-            return True
         if self._by_hand:
             self.trainer.strategy.sync_by_hand()
-        return self._by_hand
+        return self._by_hand or takes_part
 
     # ---- decisions
     @property

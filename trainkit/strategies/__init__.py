@@ -6,6 +6,14 @@ from trainkit.strategies.base import SingleDeviceStrategy as SingleDeviceStrateg
 from trainkit.strategies.base import Strategy as Strategy
 from trainkit.strategies.ddp import DDPStrategy as DDPStrategy
 from trainkit.strategies.fsdp import FSDPStrategy as FSDPStrategy
+from trainkit.strategies.model_parallel import ModelParallelStrategy as ModelParallelStrategy
 from trainkit.strategies.parallel import ParallelStrategy as ParallelStrategy
 
-__all__ = ["DDPStrategy", "FSDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = [
+    "DDPStrategy",
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "ParallelStrategy",
+    "SingleDeviceStrategy",
+    "Strategy",
+]

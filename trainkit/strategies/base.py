@@ -34,6 +34,8 @@ class Strategy:
     """Whether parameters are spread over processes, as torch's DTensor, of which each has a part."""
     sharded_checkpoints = False
     """Whether a checkpoint is a directory that all processes write together."""
+    averages_by_hand = False
+    """Whether `sync_by_hand` is to be called behind each backward that averages gradients."""
     device_mesh: DeviceMesh | None = None
     """How the processes are arranged, where parameters are spread over them."""
     precision_plugin: Precision | None = None

@@ -14,6 +14,7 @@ from trainkit.errors import MisconfigurationException, warn
 from trainkit.evaluation_mode import evaluation_mode
 from trainkit.hooks import nobody
 from trainkit.metrics import TRAIN_BATCH
+from trainkit.taking_part import accompanied
 from trainkit.timing import FOLD
 from trainkit.undo import CutShort, Undo
 
@@ -32,6 +33,7 @@ def fit(trainer: Trainer) -> None:
     hooks, optimizers, schedules, timing = trainer.hooks, trainer.optimizers, trainer.schedules, trainer.timing
     agreement = trainer.agreement  # None: a run in one process
     training_step = trainer.wrapped_step("training_step")  # in float32 on one device: the method itself
+    told = agreement is not None and agreement.carried  # with the gradients, and not at log points
     transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
     backward, zero_grad, clip = update.backward, update.zero_grad, update.clip  # None: nothing that is not here
     needs_grad, replay = not update.own_backward, update.replay(training_step, loss_of)
@@ -104,7 +106,7 @@ def fit(trainer: Trainer) -> None:
                 if replay is not None:
                     replay.remember(batch, batch_idx)
             if agreement is not None and automatic:
-                gradients |= agreement.end_batch(loss, empty)
+                gradients |= agreement.end_batch(loss, empty, training_step)
             computed = now()
 
             # Update the weights.
@@ -136,13 +138,13 @@ def fit(trainer: Trainer) -> None:
             progress.step += stepped  # a held float16 update counts, too, as in Lightning
             if is_last and automatic:
                 schedules.move(schedules.by_epoch, progress.epoch + 1)
-            if agreement is not None and window_ends and automatic:
+            if told and window_ends:
                 agreement.step()  # from here on all processes know what each of them wants
             if hooks.on_train_batch_end is not nobody:
                 hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
             if window_ends and (progress.window % log_every == 0 or trainer.stop_wanted):
                 trainer.log_point()
-                if agreement is not None and not automatic:
+                if agreement is not None and not told:
                     agreement.now()
             lap((left, arrived, ready, computed, updated, now()))
             if validates and trainer.validation_due(is_last) and not validate(trainer, is_last, window_ends):
@@ -234,7 +236,10 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches], undo: Undo | 
         hooks.epoch_start()
         for dataloader_idx, loader in enumerate(loaders):
             evaluated, batch_idx = metrics.begin_loader(dataloader_idx, step_name), -1
-            for batch_idx, batch, is_last in trainer.sources.epoch(loader, trainer.progress.epoch):
+            batches = trainer.sources.epoch(loader, trainer.progress.epoch)
+            if trainer.strategy.sharded:  # all take part in each step, also those whose batches are over
+                batches = accompanied(trainer, loader, batches, step, dataloader_idx)
+            for batch_idx, batch, is_last in batches:
                 if undo is not None and interruption.signal is not None and undo.possible():
                     raise CutShort(undo)
                 trainer.is_last_batch = is_last
@@ -274,7 +279,10 @@ def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] |
         hooks.epoch_start()
         metrics.hook = "predict_step"
         for dataloader_idx, loader in enumerate(loaders):
-            for batch_idx, batch, is_last in trainer.sources.epoch(loader, trainer.progress.epoch):
+            batches = trainer.sources.epoch(loader, trainer.progress.epoch)
+            if trainer.strategy.sharded:
+                batches = accompanied(trainer, loader, batches, step, dataloader_idx)
+            for batch_idx, batch, is_last in batches:
                 trainer.is_last_batch = is_last
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)

@@ -18,6 +18,7 @@ from trainkit.log import Logs
 from trainkit.moving import tensors_on_device
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from trainkit.loggers import Logger
@@ -178,6 +179,11 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
         """The dtype of the floating-point parameters."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
+    @property
+    def device_mesh(self) -> DeviceMesh | None:
+        """How the run's processes are arranged, where a strategy spreads parameters over them; for `configure_model`."""
+        return self.__dict__.get("_device_mesh")
+
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """Return the run's optimizer, or the list of them; for manual optimization.
 
@@ -296,6 +302,8 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
         state = dict(self.__dict__)
         state.pop("_trainer", None)  # a copy or a pickle of a module is not part of the run
         state.pop("_run_metrics", None)
+        state.pop("_device_mesh", None)
+        state.pop("_fsdp_root", None)
         return state
 
     # ---------------------------------------------------------------- override points of the update

@@ -1,0 +1,88 @@
+"""Tensors that are spread over processes (torch's DTensor): the piece of each, and the norm of all of them.
+
+torch.distributed.tensor is imported where such tensors are made, and not here: without them nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether a tensor is spread over processes."""
+    spread = sys.modules.get("torch.distributed.tensor")
+    return spread is not None and isinstance(tensor, spread.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the numbers that this process has of a tensor, in their own memory."""
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with all of its numbers; all processes that have a piece of it call this."""
+    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def piece_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor spread as another one is: each process, which has all of it, keeps its piece of it."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    assert isinstance(like, DTensor)
+    mesh, coordinate, piece = like.device_mesh, like.device_mesh.get_coordinate(), tensor
+    assert coordinate is not None
+    cuts = [(at, p) for at, p in enumerate(like.placements) if p.is_shard() or isinstance(p, _StridedShard)]
+    cuts.sort(key=lambda cut: isinstance(cut[1], _StridedShard))  # those are cuts of the others' pieces
+    for at, placement in cuts:
+        dim: int = placement.dim  # type: ignore[attr-defined]
+        parts = piece.chunk(mesh.size(at), dim)
+        mine = coordinate[at]
+        piece = parts[mine] if mine < len(parts) else piece.narrow(dim, 0, 0)
+    piece = piece.contiguous() if piece is not tensor and piece.numel() < tensor.numel() else piece.clone()
+    return DTensor.from_local(
+        piece, mesh, like.placements, run_check=False, shape=like.size(), stride=like.stride()
+    )
+
+
+def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return tensors in groups that torch's functions for many tensors can take: of one mesh, or on no mesh."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device_mesh if is_spread(tensor) else None, []).append(tensor)  # type: ignore[attr-defined]
+    return list(groups.values())
+
+
+def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """Return the norm of all gradients together; those of one mesh take one message.
+
+    Gradients that are not spread are the same in all processes, or this process's own.
+    """
+    norms = [whole(torch.nn.utils.get_total_norm(group, norm_type)) for group in by_kind(gradients)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+@torch.no_grad()
+def clip_norm(parameters: Iterable[Tensor], limit: float) -> Tensor | None:
+    """Scale gradients so that the 2-norm of all of them is at most the limit, and return what it was."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return None
+    norm = total_norm(gradients)
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+    return norm
+
+
+@torch.no_grad()
+def clip_value(parameters: Iterable[Tensor], limit: float) -> None:
+    """Bring each number of the gradients into [-limit, limit]."""
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_clamp_min_(gradients, -limit)
+        torch._foreach_clamp_max_(gradients, limit)

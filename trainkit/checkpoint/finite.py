@@ -35,7 +35,7 @@ def _floating(value: Any) -> Iterator[Tensor]:
         for inner in value:
             yield from _floating(inner)
     elif isinstance(value, Tensor) and not value.is_meta:
-        tensor = value.to_local().detach() if is_spread(value) else value.detach()
+        tensor = value.detach().to_local() if is_spread(value) else value.detach()  # type: ignore[attr-defined]
         if tensor.layout != torch.strided:
             tensor = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
         if tensor.is_complex():

@@ -139,9 +139,7 @@ def kinds_of(task: saving.Task) -> list[bool]:
     return sorted(wanted)
 
 
-def copied(
-    snapshot: Snapshot, parts: Mapping[bool, sharded_save.Parts]
-) -> dict[bool, sharded_save.Parts]:
+def copied(snapshot: Snapshot, parts: Mapping[bool, sharded_save.Parts]) -> dict[bool, sharded_save.Parts]:
     """Copy what is written, so that training can go on; the text is a copy already."""
     copies = snapshot.take({only: {"plain": part.plain, "local": part.local} for only, part in parts.items()})  # type: ignore[misc]
     return {
@@ -207,7 +205,9 @@ def agreed(group: Any, function: Callable[[], None] | None) -> None:
             function()
     except Exception as error:
         problem = error
-    kind = next((k for k in (CheckpointExistsError, CheckpointError, TypeError) if isinstance(problem, k)), RuntimeError)
+    kind = next(
+        (k for k in (CheckpointExistsError, CheckpointError, TypeError) if isinstance(problem, k)), RuntimeError
+    )
     told = None if problem is None else (kind.__name__, str(problem))
     problems: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(problems, told, group)

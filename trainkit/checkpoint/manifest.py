@@ -170,6 +170,17 @@ def verify(path: StrPath, mine: Callable[[int], bool] = lambda _: True) -> Manif
         OSError: it can't be read.
     """
     found = read(path)
+    check(found, mine)
+    return found
+
+
+def check(found: Manifest, mine: Callable[[int], bool] = lambda _: True) -> None:
+    """Compare every byte of a directory's files, or of those that are `mine`, with what was written.
+
+    Raises:
+        CheckpointError: it is not whole, with the file that is not and which tensor that is.
+        OSError: it can't be read.
+    """
     pieces = sorted((p for spread in found.records.values() for p in spread.pieces), key=lambda p: (p.file, p.start))
     scratch = memoryview(bytearray(archive.CHUNK))
     for number, name in enumerate(found.files):
@@ -178,8 +189,8 @@ def verify(path: StrPath, mine: Callable[[int], bool] = lambda _: True) -> Manif
         with disk.open_to_read(os.path.join(found.directory, name)) as file:
             for piece in pieces:
                 if piece.file == name:
+                    file.seek(piece.start)
                     _check(found, piece, _chunks(file, piece, scratch))
-    return found
 
 
 def read_piece(found: Manifest, piece: Piece, target: memoryview) -> None:

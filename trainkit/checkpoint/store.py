@@ -10,6 +10,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,8 +94,12 @@ def checkpoints_in(directory: StrPath) -> list[str]:
 
 
 # ---------------------------------------------------------------------- reading
-def load(path: StrPath) -> dict[str, Any]:
+def load(path: StrPath, allocate: Any = None) -> dict[str, Any]:
     """Return the state a file holds, its tensors on the host; a file that was changed since it was written is refused.
+
+    Args:
+        path: a file, or a directory that several processes have written.
+        allocate: makes the memory of the tensors of a directory.
 
     Raises:
         CheckpointError: there is no such file, with the nearest name there is; or it is not a checkpoint, or damaged,
@@ -102,7 +107,7 @@ def load(path: StrPath) -> dict[str, Any]:
     """
     name = named(path)
     try:
-        return _look(name, _read)
+        return _look(name, partial(_read, allocate=allocate))
     except NoCheckpointError:
         raise
     except FileNotFoundError as error:
@@ -213,11 +218,11 @@ def _rank(path: str) -> tuple[int, ...]:
 
 
 # ---- a file, or a directory that several processes have written
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str, allocate: Any = None) -> dict[str, Any]:
     if _is_directory(path):
         from trainkit.checkpoint import sharded_load
 
-        return sharded_load.load(path)
+        return sharded_load.load(path, allocate)
     return format.read(path)
 
 

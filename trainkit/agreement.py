@@ -22,6 +22,7 @@ from trainkit.checkpoint.outcome import overdue
 from trainkit.errors import MisconfigurationException
 from trainkit.signals import NOTED
 from trainkit.strategies.ddp import Wishes
+from trainkit.strategies.parallel import leave_after_rank_zero
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -146,6 +147,9 @@ class Agreement:
             self.stop = self.trainer.should_stop = True
         if any(signals) and self.signal is None:
             self.signal = next(number for number, wished in zip(NOTED, signals, strict=True) if wished > 0)
+            leave_after_rank_zero()
+            if self.trainer.interruption.signal is None:
+                self.trainer.interruption.hear(self.signal)
             self.trainer.interruption.signal = self.signal
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import pickle
 import time
@@ -23,6 +24,8 @@ from trainkit.tree import map_tensors
 from trainkit.world import World
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.001, 0.1  # seconds between two looks for what rank 0 has done
+LONGEST_LEAVE = 30.0  # seconds that the others wait for rank 0 to leave when a signal has ended a run
+LEFT = "trainkit/left"
 _calls = itertools.count()  # of on_rank_zero, by all strategies of the process: the group has one store
 OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
@@ -228,7 +231,25 @@ def _answer(store: Any, key: str, failed: str) -> Any:
     return value
 
 
+_leaves_after_rank_zero = False
+
+
+def leave_after_rank_zero() -> None:
+    """Let this process end after rank 0 has: an agent ends all when the first one leaves, and rank 0 still saves."""
+    global _leaves_after_rank_zero
+    _leaves_after_rank_zero = True
+
+
 def leave_process_group() -> None:
     """Leave the group when the process ends; torch warns where nobody does."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    if _leaves_after_rank_zero:
+        store = _get_default_store()
+        with contextlib.suppress(Exception):  # rank 0 and its store may be gone
+            if dist.get_rank() == 0:
+                store.set(LEFT, "")
+            until = time.monotonic() + LONGEST_LEAVE
+            while not store.check([LEFT]) and time.monotonic() < until:
+                time.sleep(LONGEST_WAIT)
+    dist.destroy_process_group()

@@ -113,8 +113,9 @@ class Trainer(Status):
         barebones: turn off everything that could cost time (loggers, checkpoints, progress bar, summary, sanity check,
             `log`), to measure the loop alone.
         plugins: a Precision, a CheckpointIO, or both.
-        sync_batchnorm: share batch statistics between processes; a run has one.
-        use_distributed_sampler: let each process see its part of the data; a run has one process.
+        sync_batchnorm: share batch statistics between processes; on accelerators.
+        use_distributed_sampler: deal the data out to the processes; False: each has data of its own.
+        keep_batch: what stays as large when a run goes on with another number of processes: the batch of "all", or "each".
         enable_autolog_hparams: tell the loggers the hyperparameters when fit begins (default True).
         model_registry: must be None; there is no model registry here.
 
@@ -161,6 +162,7 @@ class Trainer(Status):
         benchmark: bool | None = None,
         inference_mode: bool = True,
         use_distributed_sampler: bool = True,
+        keep_batch: Literal["all", "each"] = "all",
         profiler: Profiler | str | None = None,
         detect_anomaly: bool = False,
         nan_policy: Literal["off", "raise", "skip"] = "off",

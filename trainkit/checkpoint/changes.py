@@ -102,7 +102,8 @@ def check(trainer: Trainer, checkpoint: Mapping[str, Any], path: object, strict:
     before = checkpoint.get("made_of")
     if before is None:
         return
-    found = list(differences(before, {**trainer.made_of, "data": data_of(trainer)}))
+    data = _as_of_all(trainer, checkpoint, before.get("data", []))
+    found = list(differences({**before, "data": data}, {**trainer.made_of, "data": data_of(trainer)}))
     found += _hparams(checkpoint.get(trainer.module.CHECKPOINT_HYPER_PARAMS_KEY), trainer)
     if not found:
         return
@@ -201,6 +202,25 @@ def _parts(module: nn.Module) -> dict[str, str]:
             extra = ""
         described[name] = _ADDRESS.sub("", f"{type(part).__name__}({extra})")
     return described
+
+
+def _as_of_all(trainer: Trainer, checkpoint: Mapping[str, Any], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the data were like, with the batch size of now where a batch of all processes is as large as it was.
+
+    With another number of processes some divide their DataLoader's, and that is no other order.
+    """
+    loader, parts = checkpoint.get("loader"), trainer.sources.train.parts
+    stood = loader.get("position", []) if isinstance(loader, dict) else []
+    if len(stood) != len(parts) or len(before) != len(parts):
+        return before
+    now, progress = data_of(trainer), trainer.progress
+    found = []
+    for old, own, saved, part in zip(before, now, stood, parts, strict=True):
+        stands = part.standing(progress.epoch, 0)
+        if saved and stands and saved["parts"] != stands["parts"] and saved["size"] == stands["size"]:
+            old = {**old, "batch size": own.get("batch size")}
+        found.append(old)
+    return found
 
 
 def _optimizer(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Trainer(Status):
         plugins: a Precision, a CheckpointIO, or both.
         sync_batchnorm: share batch statistics between processes; on accelerators.
         use_distributed_sampler: deal the data out to the processes; False: each has data of its own.
-        keep_batch: what stays as large when a run goes on with another number of processes: the batch of "all", or "each".
+        keep_batch: whose batch stays as large when a run goes on with another number of processes: "all", or "each".
         enable_autolog_hparams: tell the loggers the hyperparameters when fit begins (default True).
         model_registry: must be None; there is no model registry here.
 

@@ -44,7 +44,7 @@ class Agreement:
         self._due: set[str] = set()
         self._deaf: dict[str, int] = {}  # to so many wishes that were made before their fulfilment was known
         self.wishes = Wishes(("stop", *map(str, NOTED), *self._timed), self.device)
-        self.stop = False
+        self.should_stop = False
         """Whether somebody has set `should_stop`."""
         self.signal: int | None = None
         """A signal that somebody got."""
@@ -144,7 +144,7 @@ class Agreement:
             elif wished > 0:
                 self._due.add(name)
         if stop > 0:
-            self.stop = self.trainer.should_stop = True
+            self.should_stop = self.trainer.should_stop = True
         if any(signals) and self.signal is None:
             self.signal = next(number for number, wished in zip(NOTED, signals, strict=True) if wished > 0)
             leave_after_rank_zero()

@@ -31,6 +31,7 @@ def fit(trainer: Trainer) -> None:
     module, progress, sources, metrics = trainer.module, trainer.progress, trainer.sources, trainer.metrics
     hooks, optimizers, schedules, timing = trainer.hooks, trainer.optimizers, trainer.schedules, trainer.timing
     agreement = trainer.agreement  # None: a run in one process
+    decided = trainer if agreement is None else agreement  # whose should_stop all processes know
     training_step = trainer.wrapped_step("training_step")  # in float32 on one device: the method itself
     transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
     backward, zero_grad, clip = update.backward, update.zero_grad, update.clip  # None: nothing that is not here
@@ -140,7 +141,7 @@ def fit(trainer: Trainer) -> None:
                 agreement.step()  # from here on all processes know what each of them wants
             if hooks.on_train_batch_end is not nobody:
                 hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
-            if window_ends and (progress.window % log_every == 0 or trainer.stop_wanted):
+            if window_ends and (progress.window % log_every == 0 or decided.should_stop):
                 trainer.log_point()
                 if agreement is not None and not automatic:
                     agreement.now()

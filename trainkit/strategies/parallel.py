@@ -7,8 +7,9 @@ import contextlib
 import itertools
 import pickle
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from trainkit.tree import map_tensors
 from trainkit.world import World
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.001, 0.1  # seconds between two looks for what rank 0 has done
+LONGEST_IDLING = 2.0  # seconds until threads that do not come to rest are left alone
 LONGEST_LEAVE = 30.0  # seconds that the others wait for rank 0 to leave when a signal has ended a run
 LEFT = "trainkit/left"
+QUIET_LOOKS = 10  # so often one after the other threads are seen to wait before they are believed to
 _calls = itertools.count()  # of on_rank_zero, by all strategies of the process: the group has one store
 OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
@@ -253,3 +256,25 @@ def leave_process_group() -> None:
             while not store.check([LEFT]) and time.monotonic() < until:
                 time.sleep(LONGEST_WAIT)
     dist.destroy_process_group()
+    _let_gloo_finish()
+
+
+def _let_gloo_finish() -> None:
+    """Wait until gloo's threads have let go of the last tensors, for which they need Python's lock.
+
+    torch's DDP keeps the group alive, and with it these threads. One that still waits for the lock when the interpreter
+    ends is ended in the middle of C++, which aborts the process ("terminate called without an active exception").
+    """
+    idle, until = 0, time.monotonic() + LONGEST_IDLING
+    while idle < QUIET_LOOKS and time.monotonic() < until:
+        time.sleep(SHORTEST_WAIT)  # without the lock
+        idle = idle + 1 if all(state == "S" for state in _states("pt_gloo_runloop")) else 0
+
+
+def _states(name: str) -> Iterator[str]:
+    """Return what the threads of that name do, as Linux's /proc/self/task/*/stat says it: R runs, S waits."""
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            before, _, after = stat.read_text().rpartition(")")
+            if before.endswith(f"({name}"):
+                yield after.split()[0]

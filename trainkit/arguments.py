@@ -202,6 +202,7 @@ SETTINGS: dict[str, Check] = {
     "barebones": flag,
     "sync_batchnorm": flag,
     "use_distributed_sampler": flag,
+    "keep_batch": lambda name, value: choice(name, "all" if value is None else value, ("all", "each")),
     "enable_autolog_hparams": flag,
     "default_root_dir": folder,
 }

@@ -115,6 +115,8 @@ class Trainer(Status):
         plugins: a Precision, a CheckpointIO, or both.
         sync_batchnorm: share batch statistics between processes; a run has one.
         use_distributed_sampler: let each process see its part of the data; a run has one process.
+        keep_batch: what stays when a run goes on with another number of processes: "all" (default): how many samples
+            all of them take at once; "each": how many each of them takes.
         enable_autolog_hparams: tell the loggers the hyperparameters when fit begins (default True).
         model_registry: must be None; there is no model registry here.
 
@@ -161,6 +163,7 @@ class Trainer(Status):
         benchmark: bool | None = None,
         inference_mode: bool = True,
         use_distributed_sampler: bool = True,
+        keep_batch: Literal["all", "each"] = "all",
         profiler: Profiler | str | None = None,
         detect_anomaly: bool = False,
         nan_policy: Literal["off", "raise", "skip"] = "off",

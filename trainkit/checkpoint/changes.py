@@ -103,6 +103,8 @@ def check(trainer: Trainer, checkpoint: Mapping[str, Any], path: object, strict:
     if before is None:
         return
     found = list(differences(before, {**trainer.made_of, "data": data_of(trainer)}))
+    if _dealt_anew(trainer, checkpoint):  # then the run goes on at a sample, not at a batch
+        found = [change for change in found if not change.what.endswith(("batch size", "threads"))]
     found += _hparams(checkpoint.get(trainer.module.CHECKPOINT_HYPER_PARAMS_KEY), trainer)
     if not found:
         return
@@ -116,6 +118,13 @@ def check(trainer: Trainer, checkpoint: Mapping[str, Any], path: object, strict:
     severities = {change.severity for change in found}
     meanings = [meaning for severity, meaning in MEANINGS.items() if severity in severities]
     warn(message + " ".join(meanings))
+
+
+def _dealt_anew(trainer: Trainer, checkpoint: Mapping[str, Any]) -> bool:
+    """Whether another number of processes deals out the same samples."""
+    loader = checkpoint.get("loader")
+    stood = loader.get("position", []) if isinstance(loader, dict) else []
+    return bool(stood) and all(one is not None and one["parts"] != trainer.strategy.shard[1] for one in stood)
 
 
 MEANINGS = {

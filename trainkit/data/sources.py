@@ -59,9 +59,6 @@ class Sources:
         self._mustered: dict[int, Indexed] = {}  # whose workers have been started before their loader was, by its id
         self._asked: dict[str, float] = {}  # the epoch in which loaders of a kind were asked for
         self._resumed = False  # whether the state of a checkpoint is loaded
-        self.keep_batch = "all"
-        """What of a batch's size stays when a run goes on with another number of processes: that of "all" of them
-        together, or that of "each"."""
         self._stood: list[dict[str, int] | None] = []  # where the run stood that this one goes on
 
     @property
@@ -283,7 +280,7 @@ class Sources:
                 shard=trainer.strategy.shard,
                 deal=trainer.use_distributed_sampler,
                 even=kind == "train" or combined,
-                kept=kept[index] if index < len(kept) and (combined or self.keep_batch == "all") else None,
+                kept=kept[index] if index < len(kept) and (combined or trainer.keep_batch == "all") else None,
             )
             for index, (leaf, leaf_name) in enumerate(zip(leaves, _names(kind, len(leaves)), strict=True))
         ]

@@ -92,6 +92,7 @@ class Status:
     nan_policy: str
     sync_batchnorm: bool
     use_distributed_sampler: bool
+    keep_batch: str
     enable_autolog_hparams: bool
     max_time: timedelta | None
     should_stop: bool

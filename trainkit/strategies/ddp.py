@@ -110,7 +110,7 @@ class DDPStrategy(ParallelStrategy):
         self.model.reducer.prepare_for_backward([])
         with torch.enable_grad():
             sums = [(torch.view_as_real(p) if p.is_complex() else p).sum().float() for p in parameters]
-            torch.stack(sums).sum().backward()
+            torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
         self.model.reducer._rebuild_buckets()
         for parameter, grad in zip(parameters, before, strict=True):
             parameter.grad = grad

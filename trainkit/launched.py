@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from trainkit.rank_zero import rank_zero_only
+from trainkit.signals import Interruption
 from trainkit.world import World
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def on_error(shown: Hook, rank: int) -> Hook:
         if is_ours():
             if rank == 0 and isinstance(error, Exception):
                 return  # the agent shows it, behind the one that it may have come of
-        elif is_lost(error):
+        elif is_lost(error) and not Interruption.asked:
             time.sleep(PATIENCE)  # the agent ends this process when it sees that the other one has failed
         shown(kind, error, trace)
 

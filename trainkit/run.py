@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit import channels_last, components, launched, resume_hint
+from trainkit import channels_last, components, elastic, launched, resume_hint
 from trainkit.agreement import Agreement
 from trainkit.checkpoint import changes, restore
 from trainkit.data.sources import Sources
@@ -159,6 +159,7 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     trainer.read_checkpoint(ckpt_path, stage)
     if fitting:
         components.claim_directories(trainer.loggers, trainer.strategy)
+        elastic.note(trainer)
     launched.keep_log(trainer)
     if trainer.actions is not None:  # the run's directory is known by now
         set_profiler_up(trainer, stage)

@@ -51,6 +51,9 @@ class Preempted(SystemExit):
 class Interruption:
     """Which signal asked this run to end, if any. Nothing is saved inside a handler; the loop looks here."""
 
+    asked = False
+    """Whether one has come to this process, in any run."""
+
     def __init__(self) -> None:
         self.signal: int | None = None
         self.noted_at = 0.0
@@ -91,7 +94,7 @@ class Interruption:
         if self.signal is not None and not self._by_others:
             self._restore()
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        told, self._by_others = self._by_others, False
+        told, self._by_others, Interruption.asked = self._by_others, False, True
         if not told:
             self.signal, self.noted_at = number, time.monotonic()
         self._noting = True

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainkit import arguments, components, launch, loop, slurm
+from trainkit import arguments, components, elastic, launch, loop, slurm
 from trainkit.accelerators import Accelerator
 from trainkit.advice import Report, report
 from trainkit.callback import Callback
@@ -205,6 +205,7 @@ class Trainer(Status):
         """The shell command that started this run, when the command line did."""
         self.resume_path: str | None = None
         """The checkpoint this run was resumed from."""
+        self.restarted_in: list[str | None] | None = None  # the loggers' directories, when torchrun starts a run again
         self.should_stop = False
         """Set it to end the run after this batch."""
         self.batch_idx = -1
@@ -487,13 +488,13 @@ class Trainer(Status):
     def read_checkpoint(self, ckpt_path: str | os.PathLike[str] | None, stage: str) -> None:
         """Read the checkpoint that `ckpt_path` means, and let the loggers go on where it was written."""
         self.checkpoint, self.resume_path, self.resumed_by_name = None, None, False
-        path = self.strategy.on_rank_zero("looking for the checkpoint", lambda: restore.resolve(self, ckpt_path, stage))
+        path = elastic.resolve(self, ckpt_path, stage)
         if path is None:
             return
         self.checkpoint, self.resume_path = self.checkpoint_io.load_checkpoint(path), str(path)
-        self.resumed_by_name = ckpt_path is not None and str(ckpt_path) not in ("last", "best")
+        self.resumed_by_name = str(ckpt_path) not in ("last", "best", "None") and self.restarted_in is None
         if stage == "fit":
-            restore.continue_loggers(self, self.checkpoint, path)
+            elastic.continue_loggers(self, self.checkpoint, path)
 
     def _named_checkpoint(self, ckpt_path: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
         """Return the checkpoint that a call names, or the one `trainer.ckpt_path` was set to, which a call ends."""

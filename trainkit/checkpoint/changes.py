@@ -104,6 +104,8 @@ def check(trainer: Trainer, checkpoint: Mapping[str, Any], path: object, strict:
         return
     data = _as_of_all(trainer, checkpoint, before.get("data", []))
     found = list(differences({**before, "data": data}, {**trainer.made_of, "data": data_of(trainer)}))
+    if _dealt_anew(trainer, checkpoint):
+        found = [change for change in found if not change.what.endswith("threads")]
     found += _hparams(checkpoint.get(trainer.module.CHECKPOINT_HYPER_PARAMS_KEY), trainer)
     if not found:
         return
@@ -117,6 +119,13 @@ def check(trainer: Trainer, checkpoint: Mapping[str, Any], path: object, strict:
     severities = {change.severity for change in found}
     meanings = [meaning for severity, meaning in MEANINGS.items() if severity in severities]
     warn(message + " ".join(meanings))
+
+
+def _dealt_anew(trainer: Trainer, checkpoint: Mapping[str, Any]) -> bool:
+    """Whether another number of processes deals out the same samples."""
+    loader = checkpoint.get("loader")
+    stood = loader.get("position", []) if isinstance(loader, dict) else []
+    return bool(stood) and all(one is not None and one["parts"] != trainer.strategy.shard[1] for one in stood)
 
 
 MEANINGS = {

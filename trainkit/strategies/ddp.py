@@ -86,9 +86,34 @@ class DDPStrategy(ParallelStrategy):
             return
         cuda = [self.device.index] if self.device.type == "cuda" else None
         self.model = DistributedDataParallel(self._steps, device_ids=cuda, **self.settings)
+        rebuilds = not (self.settings["static_graph"] or self.settings["find_unused_parameters"])
+        if self.world_size > 2 and rebuilds:
+            self._settle_buckets()
         state, hook, wrapper = self.hook
         if hook is not None:
             self.model.register_comm_hook(state, wrapper(hook) if wrapper is not None else hook)
+
+    def _settle_buckets(self) -> None:
+        """Let DDP lay its buckets out before the first step, and not after it.
+
+        It lays them out again when it has seen a backward, and a sum over three processes depends in its last bit on
+        where in a bucket a number is: the first step of a resumed run would differ from what the run that was not cut
+        had at that place. So it sees the backward of a sum over all parameters, last ones first, that nobody uses.
+        """
+        parameters = [p for p in self._steps.parameters() if p.requires_grad]
+        hooked = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
+        if self.model is None or hooked or any(getattr(part, "sparse", False) for part in self._steps.modules()):
+            return  # hooks of the user's would take it for a step, and sparse gradients are of other kinds
+        before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        self.model.reducer.prepare_for_backward([])
+        with torch.enable_grad():
+            sums = [(torch.view_as_real(p) if p.is_complex() else p).sum().float() for p in parameters]
+            torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
+        self.model.reducer._rebuild_buckets()
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
 
     def epoch_starts(self) -> None:
         """Look whether other parameters learn than before: DDP has to know."""

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from trainkit.errors import MisconfigurationException
 from trainkit.rank_zero import rank_zero_only
 from trainkit.strategies.base import Strategy
+from trainkit.strategies.meeting import store_of
 from trainkit.tree import map_tensors
 from trainkit.world import World
 
@@ -79,7 +80,12 @@ class ParallelStrategy(Strategy):
             atexit.register(leave_process_group)
             return
         dist.init_process_group(
-            self.backend, rank=self.global_rank, world_size=self.world_size, timeout=self.timeout, device_id=device
+            self.backend,
+            store=store_of(self.world, self.timeout),
+            rank=self.global_rank,
+            world_size=self.world_size,
+            timeout=self.timeout,
+            device_id=device,
         )
         atexit.register(leave_process_group)
 

@@ -72,7 +72,7 @@ class Agreement:
             )
         self._by_hand = averages and (strategy.averages_by_hand or (self._lacking and not strategy.sharded))
         self._share = train.share(epoch, batch_idx)
-        strategy.sync(averages and (strategy.sharded or not self._by_hand))
+        strategy.sync(averages and (strategy.sharded or not self._by_hand), self._lacking)
         wish = (self.trainer.should_stop, self.trainer.interruption.signal, *(self._over() if self._timed else ()))
         if wish != self._told:
             self._told = wish

@@ -45,7 +45,7 @@ def fit(trainer: Trainer) -> None:
     timing.begin()
     trainer.switches.begin(module, (trainer.checkpoint or {}).get("switched", {}))  # what is frozen from here on
     while not trainer.done:
-        start, gradients = progress.batch, False
+        start, gradients, empty = progress.batch, False, False
         is_last = True  # until a batch says otherwise: a resumed epoch may have none left
         if start == 0:  # else: resumed inside this epoch
             sources.reload_if_due()
@@ -163,7 +163,7 @@ def fit(trainer: Trainer) -> None:
 
         # A limit inside an epoch ends it early; a signal leaves it open.
         if is_last or (trainer.at_limit and not progress.validating):
-            metrics.end_batches()
+            metrics.end_batches(empty and progress.batch == 1)
             metrics.x = max(progress.window - 1, 0)  # that of the epoch's last row
             hooks.on_train_epoch_end()
             if is_last and automatic:

@@ -113,8 +113,13 @@ class Strategy:
     def epoch_starts(self) -> None:
         """Prepare for an epoch; with several processes."""
 
-    def sync(self, wanted: bool) -> None:
-        """Say before a step's forward whether its gradients are averaged; with several processes."""
+    def sync(self, wanted: bool, lacking: bool = False) -> None:
+        """Say before a step's forward whether its gradients are averaged; with several processes.
+
+        Args:
+            wanted: whether they are.
+            lacking: some process has no sample, and so no forward in which it could hear of anything.
+        """
 
     def sync_by_hand(self) -> None:
         """Average the gradients after a step in which some process had no sample; with several processes."""

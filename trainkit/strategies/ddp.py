@@ -101,10 +101,14 @@ class DDPStrategy(ParallelStrategy):
     def _step(self, *args: Any) -> Any:
         return self._steps(*args) if self.model is None else self.model(*args)
 
-    def sync(self, wanted: bool) -> None:
-        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window."""
+    def sync(self, wanted: bool, lacking: bool = False) -> None:
+        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window.
+
+        Forward sends rank 0's buffers, unless some process has no forward.
+        """
         if self.model is not None:
             self.model.require_backward_grad_sync = wanted
+            self.model.require_forward_param_sync = not lacking
 
     def prepare_backward(self, loss: Tensor) -> None:
         """Have the gradients of a backward averaged that the step itself runs, inside of its forward."""

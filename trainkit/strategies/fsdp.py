@@ -15,6 +15,7 @@ from trainkit.strategies.ddp import Carry, Wishes
 from trainkit.strategies.materialise import is_on_meta, materialise, parts_before_owners
 from trainkit.strategies.sharded import ShardedStrategy, checkpointed, fsdp_roots, through
 from trainkit.strategies.wrapping import Policy, check_policy, chosen
+from trainkit.tree import map_tensors
 from trainkit.world import World
 
 SHARDING = {
@@ -162,17 +163,18 @@ class FSDPStrategy(ShardedStrategy):
             self._sync_batchnorm(module)
         self._checkpoint_activations(module)
         root = vars(module).get("_fsdp_root")
-        automatic = getattr(module, "automatic_optimization", True)
+        self.manual = not getattr(module, "automatic_optimization", True)
+        self._synced = True
         if root is None:
-            self._spread(module, automatic)
+            self._spread(module)
             root = vars(module).get("_fsdp_root")
         self._roots = fsdp_roots(module) if root is None else [root]
         own_root = len(self._roots) == 1 and self._roots[0] is module
-        self._call = through(module) if own_root and automatic else root
+        self._call = through(module) if own_root and not self.manual else root
         for tensor in module.buffers():
             tensor.data = tensor.data.to(self.device)
 
-    def _spread(self, module: nn.Module, automatic: bool) -> None:
+    def _spread(self, module: nn.Module) -> None:
         """Spread what is not spread yet. With manual optimization each part that is called is a root of its own.
 
         A root's parameters are whole from its forward to the end of its backward, which lies inside of the step there.
@@ -184,13 +186,13 @@ class FSDPStrategy(ShardedStrategy):
         parts = dict.fromkeys(by_policy)
         root: nn.Module | None = None
         outermost: list[nn.Module] = []
-        if not automatic:
+        if self.manual:
             outermost = called_parts(module)
             _check_no_own_parameters(module)
         elif users != [module]:
             shards = self.device_mesh.shape[-1] if self.device_mesh is not None else 1
             root = Root(module, shards)
-        again = self.reshard_after_forward if automatic else self.reshard_after_forward is not False
+        again = self.reshard_after_forward is not False if self.manual else self.reshard_after_forward
 
         def finished(part: nn.Module) -> None:
             if part in parts:
@@ -310,7 +312,7 @@ class Root(nn.Module):
 
     def forward(self, step: Callable[..., Any], *args: Any) -> Any:
         """Run a step."""
-        output = step(*args)
+        output = map_tensors(without_view, step(*args))
         if self.sent is None or not torch.is_grad_enabled():
             return output
         if isinstance(output, Tensor):
@@ -318,6 +320,12 @@ class Root(nn.Module):
         if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
             return {**output, "loss": Carry.apply(output["loss"], self.carrier, self.sent)}
         return output
+
+
+def without_view(tensor: Tensor) -> Tensor:
+    """Return a tensor that is no view of another one: FSDP warns of those where a gradient may pass."""
+    is_view = isinstance(tensor, Tensor) and tensor.requires_grad and tensor._is_view()
+    return tensor.clone() if is_view else tensor
 
 
 def is_known(part: nn.Module) -> bool:

@@ -126,7 +126,9 @@ class ModelParallelStrategy(ShardedStrategy):
             materialise(module, self.device, self.same_everywhere)
         module.to(self.device)
         self._roots = fsdp_roots(module)
-        own_root = self._roots == [module] and getattr(module, "automatic_optimization", True)
+        self.manual = not getattr(module, "automatic_optimization", True)
+        self._synced = True
+        own_root = self._roots == [module] and not self.manual
         self._call = through(module) if own_root else None
         self._same_pieces(module)
         kinds = by_kind(p for p in module.parameters() if p.requires_grad)

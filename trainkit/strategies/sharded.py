@@ -72,14 +72,19 @@ class ShardedStrategy(ParallelStrategy):
 
         return run
 
-    def sync(self, wanted: bool) -> None:
-        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window."""
-        if wanted != self._synced:
+    def sync(self, wanted: bool, lacking: bool = False) -> None:
+        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window.
+
+        With manual optimization they are averaged in each backward.
+        """
+        if wanted != self._synced and not self.manual:
             self._synced = wanted
             for root in self.roots:
                 root.set_requires_gradient_sync(wanted)
 
     _synced = True
+    manual = False
+    """Whether the module's training_step optimizes by itself."""
 
     def epoch_starts(self) -> None:
         """Let parameters learn that learn from now on, and forget gradients of a window that was left in its middle."""

@@ -303,7 +303,8 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
         state.pop("_trainer", None)  # a copy or a pickle of a module is not part of the run
         state.pop("_run_metrics", None)
         state.pop("_device_mesh", None)
-        state.pop("_fsdp_root", None)
+        if state.pop("_fsdp_root", None) is not None:
+            state.pop("forward", None)
         return state
 
     # ---------------------------------------------------------------- override points of the update

@@ -227,6 +227,7 @@ def configure_optimizers(trainer: Trainer) -> None:
         elif not is_overridden(trainer.module, "optimizer_step"):
             names = [f"[LightningModule]{type(trainer.module).__name__}.optimizer_step", *names]
         trainer.actions.watch(trainer.optimizers, *names)
+    trainer.strategy.optimizers_made(trainer.optimizers)
     trainer.watches = choose_fused(trainer) if trainer.fused_optimizers else []
     trainer.schedules = Schedules(trainer.lr_scheduler_configs, trainer)
     trainer.step_optimizers = [StepOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]

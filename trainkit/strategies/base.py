@@ -153,6 +153,9 @@ class Strategy:
         else:
             nn.utils.clip_grad_norm_(parameters, limit)
 
+    def optimizers_made(self, optimizers: Iterable[Optimizer]) -> None:
+        """Get to know the run's optimizers, and refuse those that can't work."""
+
     def optimizers_to_device(self, optimizers: Iterable[Optimizer]) -> None:
         """Bring restored optimizer state to where its parameters are."""
         for optimizer in optimizers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainkit.errors import MisconfigurationException, warn
+from trainkit.pieces import local
 from trainkit.strategies.ddp import Carry, Wishes
 from trainkit.strategies.materialise import is_on_meta, materialise, parts_before_owners
 from trainkit.strategies.sharded import ShardedStrategy, checkpointed, fsdp_roots, through
@@ -208,6 +210,7 @@ class FSDPStrategy(ShardedStrategy):
         if root is not None:
             self._shard(root, self.reshard_after_forward, output_dtype=torch.float32)
             vars(module)["_fsdp_root"] = root
+            root.lead_forward()
 
     def _shard(self, part: nn.Module, reshard: bool | int | None, output_dtype: torch.dtype | None = None) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -256,7 +259,7 @@ class FSDPStrategy(ShardedStrategy):
         With manual optimization FSDP is around the parts that it calls.
         """
         if isinstance(self._call, Root):
-            self._call.listen(wishes)
+            self._call.listen(step, wishes)
         return self._through(step)
 
     def _through(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -274,7 +277,7 @@ class FSDPStrategy(ShardedStrategy):
         while self._checkpointed:
             vars(self._checkpointed.pop()).pop("forward", None)
         if isinstance(self._call, Root):
-            self._call.listen(None)
+            self._call.listen(None, None)
 
 
 class Root(nn.Module):
@@ -292,11 +295,15 @@ class Root(nn.Module):
         dtype = torch.float32 if own is None else own.dtype
         # each process gets a row of its gradient: the mean of what all have put there
         self.carrier = nn.Parameter(torch.zeros(shards, WIDTH, dtype=dtype))
+        self.inside = False
+        """Whether its parameters are whole, as a step of it runs."""
         self.sent: Tensor | None = None
         self.wishes: Wishes | None = None
+        self.trains: Callable[..., Any] | None = None
 
-    def listen(self, wishes: Wishes | None) -> None:
-        """Send along with the gradients what processes tell each other."""
+    def listen(self, step: Callable[..., Any] | None, wishes: Wishes | None) -> None:
+        """Send along with the gradients of a step what processes tell each other."""
+        self.trains = step
         self.wishes = self.sent = None
         if wishes is not None and len(wishes.names) <= WIDTH:
             self.wishes, wishes.carried, wishes.heard = wishes, True, self.heard  # type: ignore[method-assign]
@@ -308,18 +315,39 @@ class Root(nn.Module):
         grad, self.carrier.grad = self.carrier.grad, None
         if grad is None or self.wishes is None:
             return None
-        return grad.to_local()[0, : len(self.wishes.names)]  # type: ignore[attr-defined, no-any-return]
+        return local(grad)[0, : len(self.wishes.names)]
 
-    def forward(self, step: Callable[..., Any], *args: Any) -> Any:
+    def forward(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step."""
-        output = map_tensors(without_view, step(*args))
-        if self.sent is None or not torch.is_grad_enabled():
+        self.inside = True
+        try:
+            output = map_tensors(without_view, step(*args, **kwargs))
+        finally:
+            self.inside = False
+        if self.sent is None or step is not self.trains:
             return output
         if isinstance(output, Tensor):
             return Carry.apply(output, self.carrier, self.sent)
         if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
             return {**output, "loss": Carry.apply(output["loss"], self.carrier, self.sent)}
         return output
+
+    def lead_forward(self) -> None:
+        """Let the module be called outside of its steps, too: in a hook, or when the run is over."""
+        forward = self.module.forward
+        if getattr(forward, "__func__", None) is nn.Module.forward:
+            return
+
+        @functools.wraps(forward)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return forward(*args, **kwargs)
+            output = self(forward, *args, **kwargs)
+            if not torch.is_grad_enabled():  # else backward does
+                self.reshard()  # type: ignore[operator]
+            return output
+
+        vars(self.module)["forward"] = called
 
 
 def without_view(tensor: Tensor) -> Tensor:

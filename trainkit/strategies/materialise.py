@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.errors import MisconfigurationException
-from trainkit.strategies.pieces import is_spread, piece_of
+from trainkit.pieces import is_spread, piece_of
 
 RESETS = ("reset_parameters", "_reset_parameters")
 """What draws a part's values; the second one is what nn.MultiheadAttention and nn.Transformer call it."""

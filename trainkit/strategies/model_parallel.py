@@ -15,7 +15,7 @@ from trainkit.errors import MisconfigurationException
 from trainkit.hooks import is_overridden
 from trainkit.strategies.ddp import Wishes
 from trainkit.strategies.materialise import is_on_meta, materialise
-from trainkit.strategies.pieces import by_kind, local
+from trainkit.pieces import by_kind, local
 from trainkit.strategies.sharded import ShardedStrategy, fsdp_parameters, fsdp_roots, through
 from trainkit.world import World
 

@@ -16,9 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
 
+from trainkit.errors import MisconfigurationException
+from trainkit.pieces import clip_norm, clip_value, is_spread
 from trainkit.strategies.parallel import ParallelStrategy
-from trainkit.strategies.pieces import clip_norm, clip_value, is_spread
+
+
+WHOLE_ONLY = (LBFGS, Adafactor, SparseAdam)
+"""Optimizers of torch that fail on pieces of parameters."""
 
 
 class ShardedStrategy(ParallelStrategy):
@@ -54,6 +60,19 @@ class ShardedStrategy(ParallelStrategy):
     def same_everywhere(self, tensors: Iterable[Tensor]) -> None:
         """Give all processes the values that rank 0 has of what is not spread over them."""
         super().same_everywhere(t for t in tensors if not t.is_meta and not is_spread(t))
+
+    def optimizers_made(self, optimizers: Iterable[Optimizer]) -> None:
+        """Refuse optimizers that can't work on pieces.
+
+        Raises:
+            MisconfigurationException: it names one.
+        """
+        for optimizer in optimizers:
+            if isinstance(optimizer, WHOLE_ONLY):
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__} needs whole parameters, and with {type(self).__name__} each process "
+                    "has a piece of them. Use another optimizer, AdamW for example, or strategy='ddp'."
+                )
 
     # ---- the step
     @property

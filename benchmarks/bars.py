@@ -47,6 +47,8 @@ BARS = [
     Bar("(i) memory over a million steps", ("growth", "million", "memory"), "MB", 5),
     Bar("(j) first of 10^9 shuffled samples", ("shuffle", "9", "first"), "s", 0.050),
     Bar("(j) memory for that", ("shuffle", "9", "peak"), "MB", 20),
+    Bar("(k) DDP with two processes, tiny MLP", ("ddp", "tiny", "cpu"), "ratio", 1.05),
+    Bar("(k) DDP with two processes, four layers of 512", ("ddp", "wide", "cpu"), "ratio", 1.05),
 ]
 
 

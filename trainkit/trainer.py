@@ -226,6 +226,8 @@ class Trainer(Status):
         """What the last fit began with, as its checkpoints say it."""
         self.weights_before: dict[str, Any] | None = None
         """Those of the module before a checkpoint's, until all of that one fits."""
+        self.weights_finite: tuple[int, bool] | None = None
+        """A step, and whether the weights were numbers then in all processes."""
         self.predictions: list[Any] = []
         self._given_ckpt_path: str | os.PathLike[str] | None = None
         self._since_validation = Clock()
@@ -489,7 +491,7 @@ class Trainer(Status):
         path = self.strategy.on_rank_zero("looking for the checkpoint", lambda: restore.resolve(self, ckpt_path, stage))
         if path is None:
             return
-        self.checkpoint, self.resume_path = self.checkpoint_io.load_checkpoint(path), str(path)
+        self.checkpoint, self.resume_path = restore.load(self, path), str(path)
         self.resumed_by_name = ckpt_path is not None and str(ckpt_path) not in ("last", "best")
         if stage == "fit":
             restore.continue_loggers(self, self.checkpoint, path)

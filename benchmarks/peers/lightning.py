@@ -37,9 +37,11 @@ OFF: dict[str, Any] = {
 }
 
 
-def train(job: Job, ckpt_path: Any = None, **options: Any) -> None:
+def train(job: Job, ckpt_path: Any = None, processes: int = 1, **options: Any) -> None:
     module = LoggingModule(job) if job.log else Module(job)
     options = {"max_epochs": 1, "default_root_dir": job.folder, "accelerator": "cpu"} | options
+    if processes > 1:
+        options |= {"devices": processes, "strategy": "ddp"}
     trainer = L.Trainer(**options if job.defaults else OFF | options)
     job.clock.enter()
     trainer.fit(module, job.batches, ckpt_path=ckpt_path)

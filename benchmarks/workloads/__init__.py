@@ -11,4 +11,5 @@ NAMES = (
     "checkpoint",
     "growth",
     "shuffle",
+    "ddp",
 )

@@ -120,10 +120,13 @@ SOURCE = """
 """
 
 
-BROKEN = SOURCE.split("    cases = {")[0] + """
+BROKEN = (
+    SOURCE.split("    cases = {")[0]
+    + """
     fitted = trainer_of(max_epochs=1)
     fitted.fit(Net(), Sized(5 - 2 * rank, 5))
 """
+)
 
 
 def test_a_loader_that_gives_less_than_its_length_ends_the_run_of_all(processes: Callable[..., Any]) -> None:

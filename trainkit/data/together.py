@@ -143,7 +143,7 @@ def _end_together(strategy: Strategy, loader: Loader, made: Batches, lengths: li
 
 
 def _is_sure(loader: Loader) -> bool:
-    """Whether its length holds: a DataLoader's is a guess where workers share a stream, anything else's its own word."""
+    """Whether its length holds: a DataLoader's is a guess where workers share a stream, all others' their own word."""
     if loader.indexed is not None:
         return loader.indexed.sure
     return loader.claimed != math.inf and not isinstance(loader.source, DataLoader)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trainkit.pieces import by_kind, is_spread, whole
+from trainkit.pieces import by_kind, is_spread, norm_of, whole
 
 
 def grad_norm(module: nn.Module, norm_type: float | str, group_separator: str = "/") -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ def grad_norm(module: nn.Module, norm_type: float | str, group_separator: str = 
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, or 'inf'. Received: {norm_type}.")
     norms = {
-        f"grad_{norm_type}_norm{group_separator}{name}": torch.linalg.vector_norm(parameter.grad.detach(), norm_type)
+        f"grad_{norm_type}_norm{group_separator}{name}": norm_of(parameter.grad.detach(), norm_type)
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }

@@ -349,7 +349,8 @@ class DeviceGuard(Guard):
         """Return whether all of each tensor is finite, as one tensor on the device."""
         if not tensors:
             return torch.ones(1, dtype=torch.bool, device=self._hold.device)
-        largest = torch._foreach_norm([values_of(tensor) for tensor in tensors], float("inf"))
+        values = [values_of(tensor) for tensor in tensors]  # a process may have nothing of a small one
+        largest = torch._foreach_norm([v if v.numel() else self._hold.new_zeros(1, dtype=v.dtype) for v in values], float("inf"))
         return torch.stack([norm.to(self._hold.device).double() for norm in largest]).isfinite()
 
     def settle(self) -> None:

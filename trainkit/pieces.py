@@ -5,6 +5,7 @@ torch.distributed.tensor is imported where such tensors are made, and not here: 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -56,6 +57,19 @@ def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     for tensor in tensors:
         groups.setdefault(tensor.device_mesh if is_spread(tensor) else None, []).append(tensor)  # type: ignore[attr-defined]
     return list(groups.values())
+
+
+def norm_of(tensor: Tensor, norm_type: float) -> Tensor:
+    """Return a tensor's norm; of one that is spread it is spread, too: a part that `whole` makes one of all."""
+    if not is_spread(tensor) or norm_type != math.inf:
+        return torch.linalg.vector_norm(tensor, norm_type)
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(tensor, DTensor)
+    own = local(tensor)
+    largest = own.abs().amax() if own.numel() else own.new_zeros(())  # a process may have nothing of a small one
+    placements = [Replicate() if p.is_replicate() else Partial("max") for p in tensor.placements]
+    return DTensor.from_local(largest, tensor.device_mesh, placements, run_check=False)
 
 
 def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:

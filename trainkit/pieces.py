@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_spread(tensor: Any) -> bool:
@@ -49,6 +49,13 @@ def piece_of(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         piece, mesh, like.placements, run_check=False, shape=like.size(), stride=like.stride()
     )
+
+
+def class_of(module: nn.Module) -> type:
+    """Return the class that a module was made of: torch's `fully_shard` gives it one that derives from that."""
+    fsdp, kind = sys.modules.get("torch.distributed.fsdp"), type(module)
+    known = fsdp is not None and issubclass(kind, fsdp.FSDPModule)
+    return kind.__mro__[2] if known else kind  # behind the new class and FSDPModule
 
 
 def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import LBFGS, Adafactor, Optimizer, SparseAdam
+from torch.optim import LBFGS, Adafactor, Muon, Optimizer, Rprop, SparseAdam
 
 from trainkit.errors import MisconfigurationException
 from trainkit.pieces import clip_norm, clip_value, is_spread
 from trainkit.strategies.parallel import ParallelStrategy
 
 
-WHOLE_ONLY = (LBFGS, Adafactor, SparseAdam)
+WHOLE_ONLY = (LBFGS, Adafactor, Muon, Rprop, SparseAdam)
 """Optimizers of torch that fail on pieces of parameters."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -14,6 +15,7 @@ from trainkit.data_hooks import DataHooks
 from trainkit.errors import MisconfigurationException
 from trainkit.export import Exports, scriptable
 from trainkit.hparams import HyperParameters, class_only
+from trainkit.pieces import copy_parts
 from trainkit.log import Logs
 from trainkit.moving import tensors_on_device
 
@@ -297,6 +299,12 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
 
         rebuilt: Self = rebuild_module(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
         return rebuilt
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        copy_parts(self, memo)
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)

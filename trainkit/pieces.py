@@ -5,8 +5,10 @@ torch.distributed.tensor is imported where such tensors are made, and not here: 
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -56,6 +58,23 @@ def class_of(module: nn.Module) -> type:
     fsdp, kind = sys.modules.get("torch.distributed.fsdp"), type(module)
     known = fsdp is not None and issubclass(kind, fsdp.FSDPModule)
     return kind.__mro__[2] if known else kind  # behind the new class and FSDPModule
+
+
+def copy_parts(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Put copies of those parts that FSDP spreads into a deep copy's memo: FSDP refuses to be copied.
+
+    A copy keeps its piece of the parameters, as a tensor that is spread, and is of the part's own class.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    spread = [part for part in module.modules() if fsdp is not None and isinstance(part, fsdp.FSDPModule)]
+    for part in reversed(spread):  # parts before their owners
+        if id(part) in memo or part is module:
+            continue
+        kind = class_of(part)
+        twin = memo[id(part)] = kind.__new__(kind)
+        state = {name: value for name, value in vars(part).items() if not name.startswith("__composable_api")}
+        hooks = {name: OrderedDict() for name in state if "_hooks" in name and isinstance(state[name], OrderedDict)}
+        vars(twin).update(copy.deepcopy({**state, **hooks}, memo))
 
 
 def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

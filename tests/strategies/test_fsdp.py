@@ -153,6 +153,9 @@ class Called(Net):
     def forward(self, x):
         return self.net(x)
 
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
     def on_train_epoch_end(self):
         with torch.no_grad():
             self.answer = self(torch.ones(1, 8)).item()
@@ -165,13 +168,13 @@ told["answers"] = [module.answer, module(torch.ones(1, 8)).item()]
 
 # evaluations of every length: nothing is padded, repeated or dropped
 module = fitted(by_block(), limit_train_batches=0)
-x, y = tensors(31)
 for samples in (1, 3, 13, 31):
     t = trainer(by_block())
     found, = t.validate(module, data(samples), verbose=False)
+    x, y = tensors(samples)
     with torch.no_grad():
-        right = ((alone(x[:samples]) > 0) == (y[:samples] > 0)).double().mean().item()
-    told[f"evaluated {samples}"] = abs(found["sign"] - right) / right
+        right = ((alone(x) > 0) == (y > 0)).double().mean().item()
+    told[f"evaluated {samples}"] = abs(found["sign"] - right)
 told["predicted"] = sum(len(one) for one in t.predict(Called(), data(31)))
 """
 
@@ -193,7 +196,7 @@ told["stopped at"] = stopped(FSDPStrategy(auto_wrap_policy={Block}), Net())
 class Bad(Net):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        return loss * float(sys.argv[1]) if RANK == 1 and batch_idx == 1 else loss
+        return loss * float('inf') if RANK == 1 and batch_idx == 1 else loss
 
 
 t = trainer("fsdp", nan_policy="skip", max_epochs=1)
@@ -256,9 +259,8 @@ told["is a directory"] = [os.path.isdir(f"{kind}/step=6.ckpt") for kind in ("ful
 """
 
 
-@pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_what_is_decided_is_decided_on_all_processes(spread: Spread, bad: str) -> None:
-    first, second = spread(2, DECISIONS, bad)
+def test_what_is_decided_is_decided_on_all_processes(spread: Spread) -> None:
+    first, second = spread(2, DECISIONS)
     assert first == second
     assert first["stopped at"] == 6  # the wish went with the gradients of the next update
     assert first["skipped"] == [1, True]

@@ -171,7 +171,7 @@ class ModelParallelStrategy(ShardedStrategy):
         self._wishes = wishes
         self.epoch_starts()
         if wishes is not None:
-            wishes.carried = bool(self._by_hand)
+            wishes.carried = bool(self._by_hand) and self.world_size == self.shard[1]  # else not all hear of them
         return self._through(step)
 
     def _through(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,7 +195,7 @@ class ModelParallelStrategy(ShardedStrategy):
             return
         group = self.device_mesh[DATA].get_group()
         grads = [torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad) for p in self._by_hand]
-        wished = [] if self._wishes is None else [self._wishes.own]
+        wished = [self._wishes.own] if self._wishes is not None and self._wishes.carried else []
         sent = torch.cat([tensor.reshape(-1) for tensor in (*grads, *wished)])
         dist.all_reduce(sent, group=group)
         sent /= group.size()
@@ -203,7 +203,7 @@ class ModelParallelStrategy(ShardedStrategy):
         for parameter, grad, mean in zip(self._by_hand, grads, means, strict=False):
             if parameter.grad is not None:
                 grad.copy_(mean.view_as(grad))
-        if self._wishes is not None:
+        if wished and self._wishes is not None:
             self._wishes.carrier.grad = means[-1].float()
 
     def prepare_backward(self, loss: Tensor) -> None:

@@ -155,14 +155,16 @@ def _first_time(error: BaseException, now: float) -> float:
 
 def is_lost(error: BaseException | None) -> bool:
     """Whether an exception is a lost connection to another process, whose own error is the cause."""
-    if error is None:
-        return False
     from torch.distributed import DistBackendError, DistNetworkError
 
-    if isinstance(error, (DistBackendError, DistNetworkError)):
-        return True
-    about = isinstance(error, (RuntimeError, ConnectionError)) and any(text in str(error) for text in LOST)
-    return about or is_lost(error.__cause__)
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:  # torch's compiler makes errors that are their own cause
+        about = isinstance(error, (RuntimeError, ConnectionError)) and any(text in str(error) for text in LOST)
+        if about or isinstance(error, (DistBackendError, DistNetworkError)):
+            return True
+        seen.append(error)
+        error = error.__cause__
+    return False
 
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]

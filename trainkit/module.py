@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -14,10 +15,12 @@ from trainkit.data_hooks import DataHooks
 from trainkit.errors import MisconfigurationException
 from trainkit.export import Exports, scriptable
 from trainkit.hparams import HyperParameters, class_only
+from trainkit.pieces import copy_parts
 from trainkit.log import Logs
 from trainkit.moving import tensors_on_device
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from trainkit.loggers import Logger
@@ -178,6 +181,11 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
         """The dtype of the floating-point parameters."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
+    @property
+    def device_mesh(self) -> DeviceMesh | None:
+        """How the run's processes are arranged, where a strategy spreads parameters over them; for `configure_model`."""
+        return self.__dict__.get("_device_mesh")
+
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """Return the run's optimizer, or the list of them; for manual optimization.
 
@@ -292,10 +300,19 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
         rebuilt: Self = rebuild_module(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
         return rebuilt
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        copy_parts(self, memo)
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.pop("_trainer", None)  # a copy or a pickle of a module is not part of the run
         state.pop("_run_metrics", None)
+        state.pop("_device_mesh", None)
+        if state.pop("_fsdp_root", None) is not None:
+            state.pop("forward", None)
         return state
 
     # ---------------------------------------------------------------- override points of the update

@@ -166,15 +166,19 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     for part in data:
         recorded(trainer, "LightningDataModule", part, "setup")(stage)
     hooks.setup(stage)
+    trainer.strategy.begin(module)
     if is_overridden(module, "configure_model"):
         with trainer.init_module():
             recorded(trainer, "LightningModule", module, "configure_model")()
     trainer.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones must not pass float32
-    if trainer.checkpoint is not None:
+    after_setup = trainer.strategy.sharded  # each process takes its piece, when it is known what that is
+    if trainer.checkpoint is not None and not after_setup:
         restore.restore_weights(trainer, trainer.checkpoint, Path(trainer.resume_path or ""))
     if fitting:
         trainer.sources.muster()
     trainer.strategy.setup(module)
+    if trainer.checkpoint is not None and after_setup:
+        restore.restore_weights(trainer, trainer.checkpoint, Path(trainer.resume_path or ""))
     trainer.transfer = transfer_of(trainer.strategy, module, trainer.datamodule)
     if trainer.channels_last:
         channels_last.lay(module, (), channels_last.channels_last)
@@ -224,6 +228,7 @@ def configure_optimizers(trainer: Trainer) -> None:
         elif not is_overridden(trainer.module, "optimizer_step"):
             names = [f"[LightningModule]{type(trainer.module).__name__}.optimizer_step", *names]
         trainer.actions.watch(trainer.optimizers, *names)
+    trainer.strategy.optimizers_made(trainer.optimizers)
     trainer.watches = choose_fused(trainer) if trainer.fused_optimizers else []
     trainer.schedules = Schedules(trainer.lr_scheduler_configs, trainer)
     trainer.step_optimizers = [StepOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]

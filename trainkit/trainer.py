@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +24,6 @@ from trainkit.checkpoint.background import Background
 from trainkit.data.sources import Clock, Sources
 from trainkit.data.transfer import Transfer, check_device
 from trainkit.datamodule import DataModule
-from trainkit.empty_init import EmptyInit
 from trainkit.errors import MisconfigurationException, NoCheckpointError, warn
 from trainkit.fused import Watch
 from trainkit.hooks import is_overridden
@@ -230,6 +229,8 @@ class Trainer(Status):
         """What the last fit began with, as its checkpoints say it."""
         self.weights_before: dict[str, Any] | None = None
         """Those of the module before a checkpoint's, until all of that one fits."""
+        self.weights_finite: tuple[int, bool] | None = None
+        """A step, and whether the weights were numbers then in all processes."""
         self.predictions: list[Any] = []
         self._given_ckpt_path: str | os.PathLike[str] | None = None
         self._since_validation = Clock()
@@ -446,9 +447,11 @@ class Trainer(Status):
         """Make modules inside this block on the run's device and in its precision.
 
         Args:
-            empty_init: True leaves parameters uninitialised, for weights that are loaded next.
+            empty_init: True leaves parameters uninitialised, for weights that are loaded next. With strategies that
+                spread parameters over processes they have no memory until the run begins, and get their first values
+                then, by each part's `reset_parameters`.
         """
-        with self.device, self.precision_plugin.init_context(), EmptyInit() if empty_init else nullcontext():
+        with self.strategy.init_context(empty_init), self.precision_plugin.init_context():
             yield
 
     def leave_if_interrupted(self) -> None:
@@ -491,7 +494,7 @@ class Trainer(Status):
         path = elastic.resolve(self, ckpt_path, stage)
         if path is None:
             return
-        self.checkpoint, self.resume_path = self.checkpoint_io.load_checkpoint(path), str(path)
+        self.checkpoint, self.resume_path = restore.load(self, path), str(path)
         self.resumed_by_name = str(ckpt_path) not in ("last", "best", "None") and self.restarted_in is None
         if stage == "fit":
             elastic.continue_loggers(self, self.checkpoint, path)

@@ -26,6 +26,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from trainkit.data.samplers import length_of, sampler_of
 from trainkit.errors import CheckpointError, warn
 from trainkit.hparams import plain_hparams
+from trainkit.pieces import class_of
 from trainkit.redaction import HIDDEN
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def _parts(module: nn.Module) -> dict[str, str]:
             extra = part.extra_repr() if name else ""
         except Exception:  # a user's own, which may want what is not there yet
             extra = ""
-        described[name] = _ADDRESS.sub("", f"{type(part).__name__}({extra})")
+        described[name] = _ADDRESS.sub("", f"{class_of(part).__name__}({extra})")
     return described
 
 

@@ -100,7 +100,7 @@ def follow(callback: Keeper, seen: dict[str, Any]) -> None:
 def outcome_of(callback: Keeper, decision: Decision) -> Outcome:
     """Return the files that a decision leads to, and what follows from them."""
     trainer, files, overwrite = decision.trainer, callback._files, not callback.enable_version_counter
-    finite = not saving.not_finite(saving.floating_state(trainer.module, callback._never_finite))
+    finite = saving.is_finite(trainer, callback._never_finite)
     outcome = Outcome(trainer.global_step, finite)
     others = callback._claimed_by_others(trainer)
     if decision.ranked or decision.listed:

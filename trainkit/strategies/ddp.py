@@ -75,6 +75,8 @@ class DDPStrategy(ParallelStrategy):
     ) -> Callable[..., Any]:
         """Return the training step as the loop calls it: through DDP, which averages its gradients in backward."""
         self._steps = Steps(module, step, wishes)
+        if wishes is not None:
+            wishes.carried = True
         self._wrap()
         return self._step
 
@@ -124,10 +126,14 @@ class DDPStrategy(ParallelStrategy):
     def _step(self, *args: Any) -> Any:
         return self._steps(*args) if self.model is None else self.model(*args)
 
-    def sync(self, wanted: bool) -> None:
-        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window."""
+    def sync(self, wanted: bool, lacking: bool = False) -> None:
+        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window.
+
+        Forward sends rank 0's buffers, unless some process has no forward.
+        """
         if self.model is not None:
             self.model.require_backward_grad_sync = wanted
+            self.model.require_forward_param_sync = not lacking
 
     def prepare_backward(self, loss: Tensor) -> None:
         """Have the gradients of a backward averaged that the step itself runs, inside of its forward."""
@@ -167,6 +173,8 @@ class Wishes:
         self.own = torch.zeros(len(names), device=device)
         """What this process wishes; numbers above 0 are wishes."""
         self.carrier = nn.Parameter(torch.zeros(len(names), device=device))
+        self.carried = False
+        """Whether they are sent with the gradients; a strategy says so. Else processes ask each other at log points."""
 
     def heard(self) -> Tensor | None:
         """Return the sum of what was wished since the last time, or its mean; None where no gradient was sent."""
@@ -180,7 +188,7 @@ class Carry(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, carrier: Tensor, own: Tensor) -> Tensor:
         ctx.own = own
-        return loss.view_as(loss)
+        return loss.clone()  # FSDP warns of views
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -162,6 +162,7 @@ def fit(trainer: Trainer) -> None:
         # A limit inside an epoch ends it early; a signal leaves it open.
         if is_last or (trainer.at_limit and not progress.validating):
             metrics.end_batches()
+            trainer.strategy.be_patient()  # what an epoch's end does, one process may do alone
             metrics.x = max(progress.window - 1, 0)  # that of the epoch's last row
             hooks.on_train_epoch_end()
             if is_last and automatic:
@@ -237,7 +238,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches], undo: Undo | 
             for batch_idx, batch, is_last in trainer.sources.epoch(loader, trainer.progress.epoch):
                 if undo is not None and interruption.signal is not None and undo.possible():
                     raise CutShort(undo)
-                trainer.is_last_batch = is_last
+                trainer.is_last_batch, trainer.evaluation_idx = is_last, batch_idx
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)
                 if batch_idx == 0:
@@ -275,7 +276,7 @@ def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] |
         metrics.hook = "predict_step"
         for dataloader_idx, loader in enumerate(loaders):
             for batch_idx, batch, is_last in trainer.sources.epoch(loader, trainer.progress.epoch):
-                trainer.is_last_batch = is_last
+                trainer.is_last_batch, trainer.evaluation_idx = is_last, batch_idx
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)
                 if batch_idx == 0:

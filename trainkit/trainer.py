@@ -116,6 +116,8 @@ class Trainer(Status):
         sync_batchnorm: share batch statistics between processes; a run has one.
         use_distributed_sampler: let each process see its part of the data; a run has one process.
         enable_autolog_hparams: tell the loggers the hyperparameters when fit begins (default True).
+        watchdog: say who waits for whom when a step takes ten times as long as usual, and at least so many seconds;
+            True: 30 s, None: True for several processes only. See docs/reliability.md.
         model_registry: must be None; there is no model registry here.
 
     Every argument can also come from the environment: PL_TRAINER_MAX_EPOCHS=3 is max_epochs=3.
@@ -177,6 +179,7 @@ class Trainer(Status):
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True,
+        watchdog: bool | float | timedelta | None = None,
         model_registry: None = None,
     ) -> None:
         for name, value in arguments.checked(locals()).items():
@@ -205,7 +208,7 @@ class Trainer(Status):
         """The checkpoint this run was resumed from."""
         self.should_stop = False
         """Set it to end the run after this batch."""
-        self.batch_idx = -1
+        self.batch_idx = self.evaluation_idx = -1
         self.is_last_batch = False
         self.optimizers: list[Optimizer] = []
         self.step_optimizers: list[StepOptimizer] = []
@@ -478,6 +481,7 @@ class Trainer(Status):
         if getattr(self, "module", None) is None:
             raise AttributeError("save_checkpoint needs a module: call it during or after fit.")
         began = time.monotonic()
+        self.strategy.be_patient()
         with self.profiler.profile("save_checkpoint"):
             saving.save(self, filepath, bool(weights_only), storage_options, overwrite)
         self.interruption.saved_in(time.monotonic() - began)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +21,7 @@ torch_store: Any = torch.distributed  # which does not say that it has the store
 
 ANSWER = timedelta(seconds=2)
 """So long the store may take for an answer."""
+MOST = 4  # questions that may wait for one that is not answered
 
 
 class Board:
@@ -35,26 +39,55 @@ class Board:
         self.rank, self.size = rank, size
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # which may share one store
         self.store: Any = torch_store.PrefixStore(f"trainkit/watchdog/{restarts}", _connection())
+        self._questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        name = "trainkit-watchdog-store"
+        threading.Thread(target=_answer, args=(self._questions,), name=name, daemon=True).start()
         mine = range(size) if rank == 0 else [rank]
         for key in (*map(str, mine), "alarm", "missing"):  # who reads one that is not there would have to wait
-            self.store.compare_set(key, "", "{}")
+            self._ask(self.store.compare_set, key, "", "{}")
 
     def write(self, state: dict[str, Any]) -> None:
         """Say what this process is doing."""
-        self.store.set(str(self.rank), json.dumps(state))
+        self._ask(self.store.set, str(self.rank), json.dumps(state))
 
     def read(self) -> list[dict[str, Any]]:
         """Return what all processes said last, by rank; {} of those that never said anything."""
-        return [json.loads(text) for text in self.store.multi_get([str(rank) for rank in range(self.size)])]
+        return [json.loads(text) for text in self._ask(self.store.multi_get, list(map(str, range(self.size))))]
 
     def post(self, key: str, what: dict[str, Any]) -> None:
         """Tell all: "alarm", or "missing"."""
-        self.store.set(key, json.dumps(what))
+        self._ask(self.store.set, key, json.dumps(what))
 
     def posted(self, key: str) -> dict[str, Any]:
-        """Return what was told last, {} when nothing was."""
-        told: dict[str, Any] = json.loads(self.store.get(key))
+        """Return what was told last, or what the rank of that number says; {} when nothing was."""
+        told: dict[str, Any] = json.loads(self._ask(self.store.get, key))
         return told
+
+    def close(self) -> None:
+        """Let the connection go."""
+        self._questions.put(None)
+
+    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what the store answers. Its own timeouts don't hold when the process that keeps it stands still."""
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        if self._questions.qsize() < MOST:
+            self._questions.put((function, arguments, answer))
+        try:
+            value = answer.get(timeout=ANSWER.total_seconds())
+        except queue.Empty:
+            raise RuntimeError("the store of the process group does not answer.") from None
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+
+def _answer(questions: queue.SimpleQueue[Any]) -> None:
+    while (question := questions.get()) is not None:
+        function, arguments, answer = question
+        try:
+            answer.put(function(*arguments))
+        except Exception as error:
+            answer.put(error)
 
 
 def _connection() -> Any:

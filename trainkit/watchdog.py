@@ -43,6 +43,7 @@ KNOWN = 3  # so many looks at steps say how long they take
 MEMORY = 100
 SILENT = 3  # looks after which a process that has written nothing counts as silent
 PATIENCE = 20  # medians that the process group waits for a step
+FRESH = 60.0  # seconds after which a verdict was about something else
 VERDICT = 2.0  # seconds that a process whose connection broke waits for one that knows why
 TIMEOUTS = ("Timed out waiting", "timeout", "timed out")
 
@@ -68,6 +69,7 @@ class Watchdog:
         self._seen = self._counters()
         self._began_at = trainer.progress.total_batch
         self._moved = self._looked = time.monotonic()
+        self._silence = max(SILENT * self.tick, 1.0)
         self._spent = self._cpu()
         self._idle = False
         self._patience = trainer.strategy.patience
@@ -75,6 +77,7 @@ class Watchdog:
         self._next = 0.0  # seconds of standing still at which it is told again; 0 before the first time
         self._alarm = 0
         self._worker: str | None = None
+        self._first: int | None = None  # the process of rank 0, which keeps the store
         self.state: dict[str, Any] = {}
         """What this process is doing, as it was written last."""
 
@@ -91,12 +94,15 @@ class Watchdog:
 
     def stop(self) -> None:
         """End, and leave nothing behind."""
+        gave_up = self._over.is_set()
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(timeout=3.0)
         if self.board is not None:
-            with contextlib.suppress(RuntimeError):
-                self.board.write({**self.state, "at": time.time(), "kind": "runs", "doing": "has ended its run"})
+            if not gave_up:  # else the others may still ask what it did
+                with contextlib.suppress(RuntimeError):
+                    self.board.write({**self.state, "at": time.time(), "kind": "runs", "doing": "has ended its run"})
+            self.board.close()
             self.board = None
         self.trainer.strategy.be_patient()
 
@@ -140,8 +146,12 @@ class Watchdog:
         self.state = self._describe(still)
         if self.board is not None:
             self.board.write(self.state)
+            if self._first is None and self.rank > 0:
+                self._first = self.board.posted("0").get("pid")
         if still > self.short:
             self._wonder(still)
+        elif still > self.short / 2 and self.board is not None and self.rank == 0:
+            self._silent(self.board.read())  # so that it is known then who still writes
 
     def _learn(self, before: tuple[Any, ...], after: tuple[Any, ...], seconds: float) -> None:
         """Take down how long steps took, if there was nothing else between two looks."""
@@ -222,7 +232,7 @@ class Watchdog:
             at = float(state.get("at", 0.0))
             if rank not in self._last or self._last[rank][0] != at:
                 self._last[rank] = (at, now)
-            if now - self._last[rank][1] > SILENT * max(self.tick, LONGEST / SILENT):
+            if now - self._last[rank][1] > self._silence:
                 silent.add(rank)
             elif not state:
                 states[rank] = {**self.state, "still": 0.0, "kind": "runs", "doing": hang.NEVER}  # for now
@@ -286,40 +296,49 @@ class Watchdog:
     # ---- when the process group has waited too long
     def explained(self, error: BaseException) -> MissingRankError | None:
         """Return an error that says who was missing, None when another one than a timeout is the cause."""
-        if self.board is None:
+        timed_out = is_timeout(error)
+        if self.board is None or not (timed_out or launched.is_lost(error)):
             return None
+        self._over.set()
         with contextlib.suppress(RuntimeError):
-            if is_timeout(error):
-                return self._missing()
-            if launched.is_lost(error):
-                return self._told_by_others()
-        if is_timeout(error):
-            return MissingRankError(f"rank 0, which keeps the store of the run, {hang.NEVER}. {self._advice()}", [0])
-        return None
+            return self._verdict(0.0 if timed_out else VERDICT) or (self._missing() if timed_out else None)
+        if not timed_out:
+            return None
+        if self._first is not None and self.trainer.node_rank == 0:
+            _wake(self._first)
+        told = f"rank 0, which keeps the store of the run, {hang.NEVER}, rank {self.rank} {self.state['doing']}"
+        with contextlib.suppress(RuntimeError):
+            self._post([0], told)
+        return self._error([0], f"{told} ({self._at()})")
 
-    def _missing(self) -> MissingRankError | None:
+    def _verdict(self, patience: float) -> MissingRankError | None:
+        """Return what another process has found out, if one has."""
+        until = time.monotonic() + patience
+        while True:
+            verdict = self.board.posted("missing")
+            if verdict and time.time() - verdict["at"] < FRESH:
+                return self._error(verdict["ranks"], verdict["told"])
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.05)
+
+    def _missing(self) -> MissingRankError:
+        """Find out who was missing, and tell the others."""
         states = self.board.read()
         ages = {rank: _since(state) for rank, state in enumerate(states)}
-        silent = {rank: age for rank, age in ages.items() if age is None or age > SILENT * max(self.tick, 1.0)}
+        silent = {rank: age for rank, age in ages.items() if age is None or age > self._silence}
         silent.pop(self.rank, None)
         states[self.rank] = self.state
         late = hang.culprits(states, silent)
         told = f"{hang.sentence(states, silent)} ({self._at()})"
-        self.board.post("missing", {"at": time.time(), "ranks": late, "told": told, "by": self.rank})
-        for rank in silent:  # one that was stopped could not hear that it is to end
+        self._post(late, told)
+        for rank in silent:
             if states[rank].get("node") == self.trainer.node_rank:
-                with contextlib.suppress(OSError, AttributeError):
-                    os.kill(int(states[rank]["pid"]), signal.SIGCONT)
+                _wake(states[rank]["pid"])
         return self._error(late, told)
 
-    def _told_by_others(self) -> MissingRankError | None:
-        until = time.monotonic() + VERDICT
-        while time.monotonic() < until:
-            verdict = self.board.posted("missing")
-            if verdict and time.time() - verdict["at"] < 60.0:
-                return self._error(verdict["ranks"], verdict["told"])
-            time.sleep(0.05)
-        return None
+    def _post(self, late: list[int], told: str) -> None:
+        self.board.post("missing", {"at": time.time(), "ranks": late, "told": told})
 
     def _error(self, late: list[int], told: str) -> MissingRankError:
         who = hang.named(late) if late else "some rank"
@@ -334,6 +353,12 @@ class Watchdog:
             "give the strategy a longer step_timeout, such as DDPStrategy(step_timeout=timedelta(hours=1)); of the "
             "first step and of what is no step, it is timeout."
         )
+
+
+def _wake(pid: int) -> None:
+    """Let a process go on that was stopped: it could not hear that it is to end."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.kill(pid, signal.SIGCONT)
 
 
 def _say(text: str) -> None:

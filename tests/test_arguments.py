@@ -73,6 +73,7 @@ WRONG: dict[str, list[Any]] = {
     "use_distributed_sampler": NO_FLAG,
     "keep_batch": ["global", "", True, 1, ["all"]],
     "enable_autolog_hparams": NO_FLAG,
+    "watchdog": ["30", 0, 0.0, -1, NAN, INFINITE, timedelta(0), timedelta(-1), [1], Odd(), 1j],
     "model_registry": ["mine", 1],
     "accumulate_grad_batches": [*NO_NUMBER, 0, -1, None],
     "gradient_clip_val": ["1", True, NAN, [1], Odd(), 1j],

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from trainkit.errors import MissingRankError
 from trainkit.rank_zero import rank_zero_only
 from trainkit.signals import Interruption
 from trainkit.world import World
@@ -155,6 +156,8 @@ def _first_time(error: BaseException, now: float) -> float:
 
 def is_lost(error: BaseException | None) -> bool:
     """Whether an exception is a lost connection to another process, whose own error is the cause."""
+    if isinstance(error, MissingRankError):
+        return False
     from torch.distributed import DistBackendError, DistNetworkError
 
     seen: list[BaseException] = []

@@ -165,6 +165,7 @@ def fit(trainer: Trainer) -> None:
         # A limit inside an epoch ends it early; a signal leaves it open.
         if is_last or (trainer.at_limit and not progress.validating):
             metrics.end_batches(empty and progress.batch == 1)
+            trainer.strategy.be_patient()  # what an epoch's end does, one process may do alone
             metrics.x = max(progress.window - 1, 0)  # that of the epoch's last row
             hooks.on_train_epoch_end()
             if is_last and automatic:
@@ -243,7 +244,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches], undo: Undo | 
             for batch_idx, batch, is_last in batches:
                 if undo is not None and interruption.signal is not None and undo.possible():
                     raise CutShort(undo)
-                trainer.is_last_batch = is_last
+                trainer.is_last_batch, trainer.evaluation_idx = is_last, batch_idx
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)
                 if batch_idx == 0:
@@ -284,7 +285,7 @@ def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] |
             if trainer.strategy.sharded:
                 batches = accompanied(trainer, loader, batches, step, dataloader_idx)
             for batch_idx, batch, is_last in batches:
-                trainer.is_last_batch = is_last
+                trainer.is_last_batch, trainer.evaluation_idx = is_last, batch_idx
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)
                 if batch_idx == 0:

@@ -36,6 +36,7 @@ from trainkit.signals import Interrupted
 from trainkit.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainkit.timing import timing_of
 from trainkit.update import StepOptimizer, Update
+from trainkit.watchdog import watching
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -66,11 +67,12 @@ def running(
         data = [trainer.datamodule] if trainer.datamodule is not None else []
         status = "failed"
         try:
-            start(trainer, fn, data, ckpt_path)
-            yield
-            trainer.strategy.teardown(trainer.module)
-            if fn == TrainerFn.FITTING:
-                trainer.hooks.on_fit_end()
+            with watching(trainer):
+                start(trainer, fn, data, ckpt_path)
+                yield
+                trainer.strategy.teardown(trainer.module)
+                if fn == TrainerFn.FITTING:
+                    trainer.hooks.on_fit_end()
             status = "success"
             trainer.state.status = TrainerStatus.FINISHED
         except SearchOver:

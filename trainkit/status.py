@@ -97,6 +97,8 @@ class Status:
     max_time: timedelta | None
     should_stop: bool
     batch_idx: int
+    evaluation_idx: int
+    watchdog: bool | float | None
     is_last_batch: bool
     max_epochs: int | None
     accumulate_grad_batches: int

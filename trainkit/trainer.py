@@ -116,6 +116,8 @@ class Trainer(Status):
         use_distributed_sampler: deal the data out to the processes; False: each has data of its own.
         keep_batch: whose batch stays as large when a run goes on with another number of processes: "all", or "each".
         enable_autolog_hparams: tell the loggers the hyperparameters when fit begins (default True).
+        watchdog: say who waits for whom when a step takes ten times as long as usual, and at least so many seconds;
+            True: 30 s, None: True for several processes only. See docs/reliability.md.
         model_registry: must be None; there is no model registry here.
 
     Every argument can also come from the environment: PL_TRAINER_MAX_EPOCHS=3 is max_epochs=3.
@@ -178,6 +180,7 @@ class Trainer(Status):
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True,
+        watchdog: bool | float | timedelta | None = None,
         model_registry: None = None,
     ) -> None:
         for name, value in arguments.checked(locals()).items():
@@ -207,7 +210,7 @@ class Trainer(Status):
         self.restarted_in: list[str | None] | None = None  # the loggers' directories, when torchrun starts a run again
         self.should_stop = False
         """Set it to end the run after this batch."""
-        self.batch_idx = -1
+        self.batch_idx = self.evaluation_idx = -1
         self.is_last_batch = False
         self.optimizers: list[Optimizer] = []
         self.step_optimizers: list[StepOptimizer] = []
@@ -484,6 +487,7 @@ class Trainer(Status):
         if getattr(self, "module", None) is None:
             raise AttributeError("save_checkpoint needs a module: call it during or after fit.")
         began = time.monotonic()
+        self.strategy.be_patient()
         with self.profiler.profile("save_checkpoint"):
             saving.save(self, filepath, bool(weights_only), storage_options, overwrite)
         self.interruption.saved_in(time.monotonic() - began)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,8 @@ class Strategy:
     """How the processes are arranged, where parameters are spread over them."""
     precision_plugin: Precision | None = None
     """The run's; the Trainer says so."""
+    patience = 0
+    """How often a wait for the others was made long again (`be_patient`)."""
     world = World()
     """The processes of the run, and which of them this is."""
 
@@ -171,7 +174,13 @@ class Strategy:
         """Give up what would keep other processes waiting, when a run fails."""
 
     # ---- between processes; one process is all of them
-    def barrier(self, name: str | None = None) -> None:
+    def be_patient(self) -> None:
+        """Wait long for the others from here on: one of them may have something to do that is no training step."""
+
+    def be_quick(self, timeout: timedelta, patience: int) -> None:
+        """Wait only so long for the others, while nothing but steps is done."""
+
+    def barrier(self, name: str | None = None, timeout: float | timedelta | None = None) -> None:
         """Wait for all processes."""
 
     def on_rank_zero(self, what: str, function: Callable[[], Any]) -> Any:

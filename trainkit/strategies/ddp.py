@@ -30,7 +30,9 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_hook: replaces the averaging, as `DistributedDataParallel.register_comm_hook` says.
         ddp_comm_wrapper: takes the hook and returns one, for example to compress what it sends.
         process_group_backend: torch's name of it; None takes nccl for cuda beside gloo for the host, gloo elsewhere.
-        timeout: how long a process waits for the others before that is an error.
+        timeout: how long a process waits for the others before that is an error, where nobody knows better: up to
+            the first training step's end, and in all that is no training step.
+        step_timeout: how long in a training step, once it is known how long these take; see `ParallelStrategy`.
         start_method: how a Trainer that has to start processes itself does so: None runs the script again ("popen" is
             Lightning's word for it), "spawn", "fork" and "notebook" run the call in children of this process.
         device: where this process's module and batches live; the Trainer says so.
@@ -50,12 +52,13 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_wrapper: Callable[..., Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        step_timeout: timedelta | None = timedelta(minutes=5),
         start_method: str | None = None,
         device: torch.device | str = "cpu",
         world: World | None = None,
         **more: Any,
     ) -> None:
-        super().__init__(device, world, process_group_backend, timeout)
+        super().__init__(device, world, process_group_backend, timeout, step_timeout)
         self.start_method = None if start_method == "popen" else start_method
         self.settings: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,

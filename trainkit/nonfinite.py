@@ -350,7 +350,9 @@ class DeviceGuard(Guard):
         if not tensors:
             return torch.ones(1, dtype=torch.bool, device=self._hold.device)
         values = [values_of(tensor) for tensor in tensors]  # a process may have nothing of a small one
-        largest = torch._foreach_norm([v if v.numel() else self._hold.new_zeros(1, dtype=v.dtype) for v in values], float("inf"))
+        largest = torch._foreach_norm(
+            [v if v.numel() else self._hold.new_zeros(1, dtype=v.dtype) for v in values], float("inf")
+        )
         return torch.stack([norm.to(self._hold.device).double() for norm in largest]).isfinite()
 
     def settle(self) -> None:

@@ -3,9 +3,8 @@
 One may be told to stop by a signal, a clock or a user's callback that the others know nothing of. If it stopped alone,
 the others would wait for it for ever. So what a process wants is sent along with the gradients of its next update, and
 what anybody wants happens on all of them after that one: no message more is sent than without it. What is done after
-some time is done when it is over on rank 0's clock. Where no gradients
-that carry it are sent (between epochs, after a validation, and at log points with manual optimization or with a strategy
-that has no place for it) they ask each other.
+some time is done when it is over on rank 0's clock. Where no gradients that carry it are sent (between epochs, after a
+validation, and at log points with manual optimization or with a strategy that has no place for it) they ask each other.
 """
 
 from __future__ import annotations

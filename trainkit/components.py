@@ -149,8 +149,8 @@ def strategy_of(given: str | Strategy, devices: list[torch.device], world: World
     settings = DDP_NAMES.get("ddp" if given == "auto" else given) if isinstance(given, str) else None
     if settings is None:
         raise MisconfigurationException(
-            f"strategy must be one of 'auto', 'single_device', {', '.join(map(repr, (*STARTS, *FSDP_NAMES)))}, or a Strategy object. "
-            f"Received: {given!r}."
+            f"strategy must be one of 'auto', 'single_device', {', '.join(map(repr, (*STARTS, *FSDP_NAMES)))}, or a "
+            f"Strategy object. Received: {given!r}."
         )
     strategy = DDPStrategy(device=device, world=world, **settings)
     strategy.devices = devices

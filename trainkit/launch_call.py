@@ -178,7 +178,7 @@ def join(trainer: Trainer, world: World, arguments: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------- what comes back
 def weights_of(trainer: Trainer) -> dict[str, Any] | None:
     """Return the module's weights, which all processes gather where each has a piece; None where they need not."""
-    return whole(trainer.module.state_dict()) if trainer.strategy.sharded else None  # type: ignore[no-any-return]
+    return whole(trainer.module.state_dict()) if trainer.strategy.sharded else None
 
 
 def outcome_of(trainer: Trainer, weights: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def fit(trainer: Trainer) -> None:
             progress.step += stepped  # a held float16 update counts, too, as in Lightning
             if is_last and automatic:
                 schedules.move(schedules.by_epoch, progress.epoch + 1)
-            if told and window_ends:
+            if agreement is not None and told and window_ends:
                 agreement.step()  # from here on all processes know what each of them wants
             if hooks.on_train_batch_end is not nobody:
                 hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)

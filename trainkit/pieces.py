@@ -24,12 +24,12 @@ def is_spread(tensor: Any) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the numbers that this process has of a tensor, in their own memory."""
-    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its numbers; all processes that have a piece of it call this."""
-    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def piece_of(tensor: Tensor, like: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def piece_of(tensor: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(piece, mesh, like.placements, run_check=False, shape=like.size(), stride=like.stride())
 
 
-def class_of(module: nn.Module) -> type:
+def class_of(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module was made of: torch's `fully_shard` gives it one that derives from that."""
     fsdp, kind = sys.modules.get("torch.distributed.fsdp"), type(module)
     known = fsdp is not None and issubclass(kind, fsdp.FSDPModule)
@@ -69,9 +69,12 @@ def copy_parts(module: nn.Module, memo: dict[int, Any]) -> None:
         if id(part) in memo or part is module:
             continue
         kind = class_of(part)
-        twin = memo[id(part)] = kind.__new__(kind)
+        twin: nn.Module = kind.__new__(kind)
+        memo[id(part)] = twin
         state = {name: value for name, value in vars(part).items() if not name.startswith("__composable_api")}
-        hooks = {name: OrderedDict() for name in state if "_hooks" in name and isinstance(state[name], OrderedDict)}
+        hooks: dict[str, Any] = {
+            name: OrderedDict() for name in state if "_hooks" in name and isinstance(state[name], OrderedDict)
+        }
         vars(twin).update(copy.deepcopy({**state, **hooks}, memo))
 
 

@@ -1,4 +1,4 @@
-"""Small models in several processes, each compared with the loop by hand over whole batches that the process runs itself."""
+"""Small models in several processes, each compared with a loop by hand over whole batches."""
 
 from __future__ import annotations
 

@@ -35,8 +35,6 @@ class Strategy:
     """Whether parameters are spread over processes, as torch's DTensor, of which each has a part."""
     sharded_checkpoints = False
     """Whether a checkpoint is a directory that all processes write together."""
-    averages_by_hand = False
-    """Whether `sync_by_hand` is to be called behind each backward that averages gradients."""
     device_mesh: DeviceMesh | None = None
     """How the processes are arranged, where parameters are spread over them."""
     precision_plugin: Precision | None = None
@@ -73,6 +71,11 @@ class Strategy:
     def shard(self) -> tuple[int, int]:
         """Which part of the data this process has, and of how many: all that share one part compute one thing."""
         return self.global_rank, self.world_size
+
+    @property
+    def averages_by_hand(self) -> bool:
+        """Whether `sync_by_hand` is to be called behind each backward that averages gradients."""
+        return False
 
     def setup_environment(self) -> None:
         """Join the other processes; called before anything of a run."""

@@ -39,8 +39,8 @@ class FSDPStrategy(ShardedStrategy):
     Reference: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", VLDB 2023.
 
     What is gathered at once is what `auto_wrap_policy` chooses, and the rest of the module together; without one it is
-    the whole module. A module's own `configure_model` may call `fully_shard` instead, with `self.device_mesh`: then only
-    what it left is spread here.
+    the whole module. A module's own `configure_model` may call `fully_shard` instead, with `self.device_mesh`: then
+    only what it left is spread here.
 
     Args:
         cpu_offload: parameters, gradients and optimizer state live on the host, and go to the accelerator for a moment.
@@ -186,7 +186,7 @@ class FSDPStrategy(ShardedStrategy):
             warn("configure_model has called fully_shard already: auto_wrap_policy is not used.")
         by_policy = [] if users or self.auto_wrap_policy is None else chosen(module, self.auto_wrap_policy)
         parts = dict.fromkeys(by_policy)
-        root: nn.Module | None = None
+        root: Root | None = None
         outermost: list[nn.Module] = []
         if self.manual:
             outermost = called_parts(module)

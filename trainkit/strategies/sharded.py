@@ -1,7 +1,7 @@
-"""ShardedStrategy: what strategies have in common whose parameters are spread over processes by torch's FSDP2 and DTensor.
+"""ShardedStrategy: what strategies have in common that spread parameters over processes by torch's FSDP2 and DTensor.
 
-The values of parameters are rank 0's. All processes take part in each forward and backward, as each has a piece that the
-others need: one that has no sample goes through the step with a sample of another one, which counts nothing
+The values of parameters are rank 0's. All processes take part in each forward and backward, as each has a piece that
+the others need: one that has no sample goes through the step with a sample of another one, which counts nothing
 (`taking_part.py`).
 """
 
@@ -21,7 +21,6 @@ from torch.optim import LBFGS, Adafactor, Muon, Optimizer, Rprop, SparseAdam
 from trainkit.errors import MisconfigurationException
 from trainkit.pieces import clip_norm, clip_value, is_spread
 from trainkit.strategies.parallel import ParallelStrategy
-
 
 WHOLE_ONLY = (LBFGS, Adafactor, Muon, Rprop, SparseAdam)
 """Optimizers of torch that fail on pieces of parameters."""
@@ -45,13 +44,13 @@ class ShardedStrategy(ParallelStrategy):
 
     @contextmanager
     def init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Make modules on the host, or with `empty_init=True` without memory: all of it may be too much for a device."""
+        """Make modules on the host, or with `empty_init=True` without memory: a device may have too little."""
         with torch.device("meta") if empty_init else nullcontext():
             yield
 
     def begin(self, module: nn.Module) -> None:
         """Give `configure_model` the mesh, and all processes the same values and the same random state as rank 0."""
-        vars(module)["_device_mesh"] = self.device_mesh
+        vars(module)["device_mesh"] = self.device_mesh
         self.same_everywhere([*module.parameters(), *module.buffers()])
         state = torch.get_rng_state().to(self.device)
         dist.broadcast(state, 0)

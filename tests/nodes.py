@@ -1,6 +1,6 @@
-"""Two machines on this one: network namespaces, each with torchrun's agent and its workers, that can be killed and cut off.
+"""Two machines on this one: network namespaces with torchrun's agent and its worker, that can be killed and cut off.
 
-    with Nodes(folder) as nodes:
+    with Nodes(folder, environ) as nodes:
         nodes.start(0, "train.py", "--max-restarts=3")
         nodes.start(1, "train.py", "--max-restarts=3")
         nodes.cut(1)
@@ -17,12 +17,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import processes
 
 PORT = 29433
 QUICK = "last_call_timeout=2,join_timeout=120"
@@ -52,9 +50,11 @@ class Nodes:
 
     Args:
         folder: where scripts run and logs go; the file system that the nodes share.
+        environ: the environment variables of their processes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, environ: Mapping[str, str]) -> None:
+        self.environ = {**environ, "GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         self.folder, self.tag = folder, f"tk{os.getpid()}"
         self.agents: dict[int, subprocess.Popen[bytes]] = {}
         self._net = 100 + os.getpid() % 100
@@ -100,7 +100,7 @@ class Nodes:
             self.agents[node] = subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env=processes.environment({"GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}),
+                env=self.environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -379,9 +379,10 @@ class Sources:
         for part, saved in changed:
             size, parts_now = part.indexed.slices.size, part.indexed.slices.parts  # type: ignore[union-attr]
             rank_zero_info(
-                f"{part.name}: {parts_now} processes go on where {saved['parts']} were, at sample {saved['samples']} "
-                f"of epoch {progress.epoch}. A batch of all of them has {size} samples, {size / parts_now:g} for each; "
-                f"it had {saved['size']}."
+                f"{part.name}: {parts_now} process{'es go' if parts_now > 1 else ' goes'} on where {saved['parts']} "
+                f"{'were' if saved['parts'] > 1 else 'was'}, at sample {saved['samples']} of epoch {progress.epoch}. A "
+                f"batch has {size} samples in all, {size / parts_now:g} for each process; it had {saved['size']}, "
+                f"{saved['size'] / saved['parts']:g} for each."
             )
 
     def epoch(self, loader: Batches, epoch: int, start: int = 0) -> Iterator[tuple[int, Any, bool]]:

@@ -89,7 +89,8 @@ def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 def norm_of(tensor: Tensor, norm_type: float) -> Tensor:
     """Return a tensor's norm; of one that is spread it is spread, too: a part that `whole` makes one of all."""
     if not is_spread(tensor) or norm_type != math.inf:
-        return torch.linalg.vector_norm(tensor, norm_type)
+        plain: Tensor = torch.linalg.vector_norm(tensor, norm_type)
+        return plain
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     assert isinstance(tensor, DTensor)

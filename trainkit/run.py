@@ -158,7 +158,7 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     for part in data:
         prepare_data(trainer, "LightningDataModule", part)
     prepare_data(trainer, "LightningModule", module)
-    trainer.read_checkpoint(ckpt_path, stage)
+    elastic.read_checkpoint(trainer, ckpt_path, stage)
     if fitting:
         components.claim_directories(trainer.loggers, trainer.strategy)
         elastic.note(trainer)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainkit import arguments, components, elastic, launch, loop, slurm
+from trainkit import arguments, components, launch, loop, slurm
 from trainkit.accelerators import Accelerator
 from trainkit.advice import Report, report
 from trainkit.callback import Callback
@@ -491,17 +491,6 @@ class Trainer(Status):
         with self.profiler.profile("save_checkpoint"):
             saving.save(self, filepath, bool(weights_only), storage_options, overwrite)
         self.interruption.saved_in(time.monotonic() - began)
-
-    def read_checkpoint(self, ckpt_path: str | os.PathLike[str] | None, stage: str) -> None:
-        """Read the checkpoint that `ckpt_path` means, and let the loggers go on where it was written."""
-        self.checkpoint, self.resume_path, self.resumed_by_name = None, None, False
-        path = elastic.resolve(self, ckpt_path, stage)
-        if path is None:
-            return
-        self.checkpoint, self.resume_path = restore.load(self, path), str(path)
-        self.resumed_by_name = str(ckpt_path) not in ("last", "best", "None") and self.restarted_in is None
-        if stage == "fit":
-            elastic.continue_loggers(self, self.checkpoint, path)
 
     def _named_checkpoint(self, ckpt_path: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
         """Return the checkpoint that a call names, or the one `trainer.ckpt_path` was set to, which a call ends."""

@@ -222,6 +222,7 @@ class Trainer(Status):
         self.datamodule: DataModule | None = None
         self.transfer: Transfer | None = None
         self.sources = Sources(self, {})
+        self.resumed_by_name = False
         self.checkpoint: dict[str, Any] | None = None
         """The contents of the checkpoint that this run begins from."""
         self.ckpt_strict = True

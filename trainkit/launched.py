@@ -215,6 +215,10 @@ class RankLog:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
+        recorded: Any = getattr(warnings, "_showwarnmsg_impl", None)
+        if file is None and recorded is not None and getattr(recorded, "__module__", None) != "warnings":
+            recorded(warnings.WarningMessage(message, category, filename, lineno, file, line))  # as by catch_warnings
+            return
         text = warnings.formatwarning(message, category, filename, lineno, line)
         if file is not None:
             file.write(text)

@@ -118,14 +118,14 @@ def test_a_run_killed_on_4_goes_on_with_2_1_and_3_and_sees_what_one_process_sees
     assert end["weights"] == pytest.approx(whole["weights"], rel=1e-5, abs=1e-6)
     assert end["counters"] == end["parameters"]  # each parameter has an update counter of its own
     assert "2 processes go on where 4 were" in runs.said["b"]
-    assert "A batch of all of them has 12 samples, 6 for each; it had 12" in runs.said["b"]
+    assert "A batch has 12 samples in all, 6 for each process; it had 12, 3 for each." in runs.said["b"]
 
 
 def test_the_batch_of_each_process_stays_if_that_is_asked_for(runs: Runs) -> None:
     assert runs("a", 4, kill=3) is None
     end = runs("b", 2, resume=True, trainer={"keep_batch": "each"})
     assert end is not None
-    assert "A batch of all of them has 6 samples, 3 for each; it had 12" in runs.said["b"]
+    assert "A batch has 6 samples in all, 3 for each process; it had 12, 3 for each." in runs.said["b"]
     before = [sample for step, samples in runs.steps("a").items() if step < (0, 3) for sample in samples]
     after = [sample for (epoch, _), samples in runs.steps("b").items() if epoch == 0 for sample in samples]
     assert sorted(before + after) == list(range(103))

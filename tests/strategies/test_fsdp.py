@@ -358,3 +358,75 @@ def test_parameters_wait_on_the_host_while_an_accelerator_computes() -> None:
     Trainer(strategy=strategy, accelerator="gpu", devices=1, max_steps=2, logger=False).fit(module)
     assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
     assert torch.cuda.is_available()
+
+
+OWN = """
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from trainkit.strategies import ParallelStrategy
+from trainkit.strategies.sharded import ShardedStrategy
+
+
+class MeanAtTheEnd(ParallelStrategy):
+    averages_by_hand = True
+
+    def wrap_training(self, module, step, wishes=None):
+        self.parameters = list(module.parameters())
+        return step
+
+    def sync_by_hand(self):
+        for parameter in self.parameters:
+            if parameter.grad is None:  # there was no sample
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.world_size
+
+
+class TwoHalves(ShardedStrategy):
+    def make_mesh(self):
+        return init_device_mesh("cpu", (self.world_size,))
+
+    def setup(self, module):
+        fully_shard(module.net, mesh=self.device_mesh)
+        self.mine = [module.net]
+
+    @property
+    def roots(self):
+        return self.mine
+
+
+for kind in (MeanAtTheEnd, TwoHalves):
+    told[kind.__name__] = apart(fitted(kind(), samples=25), by_hand(25))
+    told["stopped " + kind.__name__] = stopped(kind(), Net(), log_every_n_steps=4)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):  # more batches on one process than on the other
+        return iter([tensors(4) for _ in range(2 + 3 * RANK)])
+
+
+t = trainer(FSDPStrategy(auto_wrap_policy={Block}))
+seen = []
+
+
+class Seen(Net):
+    def validation_step(self, batch, batch_idx):
+        seen.append(len(batch[0]))
+        super().validation_step(batch, batch_idx)
+
+
+found, = t.validate(Seen(), DataLoader(Stream(), batch_size=None), verbose=False)
+alone, (x, y) = build(), tensors(4)
+told["streams"] = abs(found["val"] - nn.functional.mse_loss(alone(x), y).item()), len(seen)
+"""
+
+
+def test_strategies_of_a_users_own_plug_in_and_uneven_streams_are_evaluated_to_their_ends(spread: Spread) -> None:
+    first, second = spread(2, OWN)
+    assert first == second
+    assert first["MeanAtTheEnd"] < CLOSE
+    assert first["TwoHalves"] < CLOSE
+    assert first["stopped MeanAtTheEnd"] == first["stopped TwoHalves"] == 8  # at a log point
+    distance, steps = first["streams"]
+    assert distance < CLOSE
+    assert steps == 5  # both took part in each

@@ -67,6 +67,7 @@ class Watchdog:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trainkit-watchdog", daemon=True)
         self._seen = self._counters()
+        self._mark: str | None = None
         self._began_at = trainer.progress.total_batch
         self._moved = self._looked = time.monotonic()
         self._silence = max(SILENT * self.tick, 1.0)
@@ -136,14 +137,18 @@ class Watchdog:
         counters, seen = self._counters(), self._seen
         spent = self._cpu()
         self._idle, self._spent = spent - self._spent < 0.2 * (now - before), spent
-        if counters != seen:
+        frames = stacks.frames_of(self._main)
+        place = stacks.place_of(frames, self._idle)
+        mark = None if self._in_a_loop() and not place.slow else str(place)  # outside of a loop nothing is counted
+        if counters != seen or mark != self._mark:
+            self._mark = mark
             self._learn(seen, counters, now - self._moved)
             self._seen, self._worker = counters, None
             if self._next:
                 self._tell_of_end(now - self._moved)
             self._moved = now
         still = now - self._moved
-        self.state = self._describe(still)
+        self.state = self._describe(frames, place, still)
         if self.board is not None:
             self.board.write(self.state)
             if self._first is None and self.rank > 0:
@@ -179,11 +184,9 @@ class Watchdog:
         """Whether the run trains, and it is known how long a step takes."""
         return self.trainer.training and self.trainer.fitting and len(self.steps) >= KNOWN
 
-    def _describe(self, still: float) -> dict[str, Any]:
+    def _describe(self, frames: list[stacks.Frame], place: stacks.Place, still: float) -> dict[str, Any]:
         """Return what this process is doing."""
         trainer, progress = self.trainer, self.trainer.progress
-        frames = stacks.frames_of(self._main)
-        place = stacks.place_of(frames, self._idle)
         plain = self.steady and progress.batch > 0 and not place.slow
         if place.kind == "worker" and still > self.short:
             if self._worker is None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import threading
 from collections.abc import Callable
@@ -30,15 +29,15 @@ class Board:
     Args:
         rank: which of them this is.
         size: how many there are.
+        word: what those of an earlier start, which may have used the same store, do not have.
 
     Raises:
         RuntimeError: the store can't be reached.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, word: str = "") -> None:
         self.rank, self.size = rank, size
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # which may share one store
-        self.store: Any = torch_store.PrefixStore(f"trainkit/watchdog/{restarts}", _connection())
+        self.store: Any = torch_store.PrefixStore(f"trainkit/watchdog/{word}", _connection())
         self._questions: queue.SimpleQueue[Any] = queue.SimpleQueue()
         name = "trainkit-watchdog-store"
         threading.Thread(target=_answer, args=(self._questions,), name=name, daemon=True).start()

@@ -117,7 +117,7 @@ class Trainer(Status):
         keep_batch: whose batch stays as large when a run goes on with another number of processes: "all", or "each".
         enable_autolog_hparams: tell the loggers the hyperparameters when fit begins (default True).
         watchdog: say who waits for whom when a step takes ten times as long as usual, and at least so many seconds;
-            True: 30 s, None: True for several processes only. See docs/reliability.md.
+            True: 30 s, None: True for several processes only. See docs/scale.md.
         model_registry: must be None; there is no model registry here.
 
     Every argument can also come from the environment: PL_TRAINER_MAX_EPOCHS=3 is max_epochs=3.

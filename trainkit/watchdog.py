@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainkit import hang, launched, stacks
 from trainkit.errors import MissingRankError
+from trainkit.strategies import meeting
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -89,7 +90,7 @@ class Watchdog:
             from trainkit.board import Board
 
             with contextlib.suppress(RuntimeError):  # a store that does not answer
-                self.board = Board(self.rank, self.size)
+                self.board = Board(self.rank, self.size, meeting.word)
                 self._alarm = int(self.board.posted("alarm").get("number", 0))
         self._thread.start()
 

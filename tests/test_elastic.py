@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -172,6 +173,76 @@ def test_a_killed_process_is_started_again_and_the_run_goes_on_by_itself(train: 
     (expected,) = (tmp_path / "whole").glob("*/version_*/metrics.csv")
     assert len(rows.read_text().splitlines()) == len(expected.read_text().splitlines())
     assert (rows.parent / "restarts.json").exists()
+
+
+TWO_FITS = """
+import os, signal, sys
+import torch
+from torch.utils.data import DataLoader
+from trainkit import Callback, Module, Trainer
+from trainkit.callbacks import ModelCheckpoint
+from trainkit.loggers import CSVLogger
+
+class Net(Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Linear(4, 1)
+    def training_step(self, batch, batch_idx):
+        print("step", name, self.global_step, flush=True)
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+class Ends(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if name == "second" and trainer.global_step == 5 and not os.path.exists("ended"):
+            open("ended", "w").close()
+            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+
+data = DataLoader(torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), 4)
+for name, epochs in (("first", 1), ("second", 2)):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    callbacks = [ModelCheckpoint(every_n_train_steps=2), Ends()]
+    trainer = Trainer(max_epochs=epochs, callbacks=callbacks, logger=CSVLogger(".", name=name), **quiet)
+    net = Net()
+    trainer.fit(net, data)
+    print("at the end", name, net.net.weight.sum().item(), trainer.log_dir)
+"""
+
+
+@pytest.mark.parametrize(("ended_by", "restarts"), [("SIGKILL", "3"), ("SIGTERM", "0")])
+def test_a_script_that_is_started_again_trains_only_what_it_had_not(
+    ended_by: str, restarts: str, environment: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "two.py").write_text(TWO_FITS)
+    of_torchrun = {
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": restarts,
+    }  # fmt: skip
+
+    def start(*more: str) -> list[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env = environment({**of_torchrun, "MASTER_PORT": str(free.getsockname()[1])})
+        command = [sys.executable, "two.py", ended_by, *more]
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False).stdout.split(
+            "\n"
+        )
+
+    first, again, other = start(), start(), start("another command")
+    trained = [line.removeprefix("step ") for line in other if line.startswith("step")]
+    assert trained == [f"first {step}" for step in range(4)] + [f"second {step}" for step in range(8)]
+    # a signal is noted, the step finished and saved; but without restarts only the run that it ended is noted at all
+    noted = ended_by == "SIGKILL"
+    rest = [f"second {step}" for step in range(4 if noted else 6, 8)]
+    trained = [line.removeprefix("step ") for line in again if line.startswith("step")]
+    assert trained == (rest if noted else [f"first {step}" for step in range(4)] + rest)
+    assert first[:4] == [f"step first {step}" for step in range(4)]
+    for name, retrained in (("first", not noted), ("second", False)):
+        ends = [line.split()[-2:] for line in [*again, *other] if line.startswith(f"at the end {name}")]
+        assert [weight for weight, _ in ends] == [ends[1][0]] * 2
+        assert [Path(log_dir).name for _, log_dir in ends] == [f"version_{n + retrained}" for n in (0, 1)]
 
 
 # ---------------------------------------------------------------- on another number of processes

@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -101,7 +102,7 @@ def _look(
 ) -> tuple[str | PathLike[str] | None, list[str | None] | None]:
     """Return where to begin, and the directories of the loggers of the run that is started again."""
     _now.clear()
-    _now.update(_of_this_command(), agents=agents, fit=fit)
+    _now.update(agents=agents, fit=fit, began=time.time())
     found = next((note for note in _notes(trainer) if _is_of_this_run(note)), None)
     if found is None:
         return restore.resolve(trainer, ckpt_path, "fit"), None
@@ -133,9 +134,17 @@ def _go_on_in(trainer: Trainer, directories: list[str | None], row: int) -> None
 
 
 # ---------------------------------------------------------------- the note
-def note(trainer: Trainer) -> None:
-    """Write down whose run this is, when its directory is known."""
-    if not can_be_restarted(trainer) or not trainer.is_global_zero:
+def note(trainer: Trainer, stopped: bool = False) -> None:
+    """Write down whose run this is, when its directory is known.
+
+    Args:
+        trainer: whose run it is.
+        stopped: a signal has ended it. With --max-restarts 0 it is noted only then: a node that comes late is no
+            restart in torchrun's count, and SIGTERM is what the processes get that run already.
+    """
+    if not can_be_restarted(trainer) or not trainer.is_global_zero or "fit" not in _now:
+        return
+    if not stopped and os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
         return
     path = Path(trainer.run_dir) / NOTE
     before = _read(path)
@@ -148,7 +157,8 @@ def note(trainer: Trainer) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if _now["fit"] not in said["fits"]:
             path.touch()
-            said["fits"][_now["fit"]] = path.stat().st_mtime  # by the clock that dates its checkpoints, too
+            by_the_disk = path.stat().st_mtime  # the clock that dates its checkpoints, too
+            said["fits"][_now["fit"]] = _now["began"] if stopped else by_the_disk
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
         unfinished.write_text(json.dumps(said, indent=1) + "\n")
         os.replace(unfinished, path)
@@ -157,6 +167,7 @@ def note(trainer: Trainer) -> None:
 
 
 def _of_this_command() -> dict[str, Any]:
+    """Return what a start of the same run has in common with the others."""
     return {"run": os.environ["TORCHELASTIC_RUN_ID"], "command": list(sys.argv)}
 
 

@@ -91,6 +91,7 @@ def running(
                 part.on_exception(error)
             if interrupted and fn == TrainerFn.FITTING:
                 resume_hint.tell(trainer, error)
+                elastic.note(trainer, stopped=True)
             trainer.strategy.teardown(trainer.module)
             if type(error) is KeyboardInterrupt and trainer.interruption.signal is None:
                 # raised by the user's code: it ends a script as the first Ctrl-C does

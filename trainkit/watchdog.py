@@ -89,7 +89,7 @@ class Watchdog:
         if self.size > 1:
             from trainkit.board import Board
 
-            with contextlib.suppress(RuntimeError):  # a store that does not answer
+            with contextlib.suppress(RuntimeError, ValueError):  # no group of torch, or a store that does not answer
                 self.board = Board(self.rank, self.size, meeting.word)
                 self._alarm = int(self.board.posted("alarm").get("number", 0))
         self._thread.start()

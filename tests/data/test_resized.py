@@ -92,7 +92,7 @@ def runs(processes: Callable[..., Any], tmp_path: Path) -> Runs:
     return Runs(processes, tmp_path)
 
 
-@pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 2}])
+@pytest.mark.parametrize("trainer", [{"accumulate_grad_batches": 2}, pytest.param({}, marks=pytest.mark.slow)])
 def test_a_run_killed_on_4_goes_on_with_2_1_and_3_and_sees_what_one_process_sees(
     runs: Runs, trainer: dict[str, Any]
 ) -> None:

@@ -149,13 +149,34 @@ def tiny_data() -> type[DataModule]:
     return TinyData
 
 
-@pytest.fixture(scope="session")
-def processes() -> Callable[..., list[Any]]:
-    """Run a script as several processes: `processes(2, source, *args, timeout=60)`; see tests/processes.py."""
-    spec = importlib.util.spec_from_file_location("trainkit_test_processes", Path(__file__).with_name("processes.py"))
+def _helper(name: str) -> Any:
+    """Return a module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"trainkit_test_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    run: Callable[..., list[Any]] = module.run
+    return module
+
+
+@pytest.fixture(scope="session")
+def processes() -> Callable[..., list[Any]]:
+    """Run a script as several processes: `processes(2, source, *args, timeout=60)`; see tests/processes.py."""
+    run: Callable[..., list[Any]] = _helper("processes").run
     return run
+
+
+@pytest.fixture
+def environment() -> Callable[..., dict[str, str]]:
+    """Make the environment of a process in which this checkout is imported; see tests/processes.py."""
+    made: Callable[..., dict[str, str]] = _helper("processes").environment
+    return made
+
+
+@pytest.fixture
+def nodes() -> Any:
+    """Two machines on this one; see tests/nodes.py. A test is skipped where there can be none."""
+    module = _helper("nodes")
+    if why := module.reason():
+        pytest.skip(why)
+    return module.Nodes

@@ -388,3 +388,16 @@ def test_a_process_ends_as_its_signals_say(
     assert out == f"steps {steps}\n"
     if len(numbers) == 1:
         assert errors == ""  # nobody else, a worker for example, had anything to say
+
+
+def test_a_process_s_own_signal_after_another_one_s_is_no_second_one(capfd: pytest.CaptureFixture[str]) -> None:
+    interruption = Interruption()
+    with interruption.listening():
+        interruption.hear(signal.SIGTERM)  # all processes of a run get it, one tells the others first
+        noted = interruption.noted_at
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.signal == signal.SIGTERM
+        assert interruption.noted_at == noted > 0.0
+        with pytest.raises(SystemExit, match="143"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err.count("finishing this step") == 1

@@ -3,9 +3,8 @@
 One may be told to stop by a signal, a clock or a user's callback that the others know nothing of. If it stopped alone,
 the others would wait for it for ever. So what a process wants is sent along with the gradients of its next update, and
 what anybody wants happens on all of them after that one: no message more is sent than without it. What is done after
-some time is done when it is over on rank 0's clock. Where no gradients
-that carry it are sent (between epochs, after a validation, and at log points with manual optimization or with a strategy
-that has no place for it) they ask each other.
+some time is done when it is over on rank 0's clock. Where no gradients that carry it are sent (between epochs, after a
+validation, and at log points with manual optimization or with a strategy that has no place for it) they ask each other.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from trainkit.checkpoint.outcome import overdue
 from trainkit.errors import MisconfigurationException
 from trainkit.signals import NOTED
 from trainkit.strategies.ddp import Wishes
+from trainkit.strategies.parallel import leave_after_rank_zero
 from trainkit.taking_part import train_along
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Agreement:
         self._due: set[str] = set()
         self._deaf: dict[str, int] = {}  # to so many wishes that were made before their fulfilment was known
         self.wishes = Wishes(("stop", *map(str, NOTED), *self._timed), self.device)
-        self.stop = False
+        self.should_stop = False
         """Whether somebody has set `should_stop`."""
         self.signal: int | None = None
         """A signal that somebody got."""
@@ -72,7 +72,7 @@ class Agreement:
             )
         self._by_hand = averages and (strategy.averages_by_hand or (self._lacking and not strategy.sharded))
         self._share = train.share(epoch, batch_idx)
-        strategy.sync(averages and (strategy.sharded or not self._by_hand))
+        strategy.sync(averages and (strategy.sharded or not self._by_hand), self._lacking)
         wish = (self.trainer.should_stop, self.trainer.interruption.signal, *(self._over() if self._timed else ()))
         if wish != self._told:
             self._told = wish
@@ -164,9 +164,12 @@ class Agreement:
             elif wished > 0:
                 self._due.add(name)
         if stop > 0:
-            self.stop = self.trainer.should_stop = True
+            self.should_stop = self.trainer.should_stop = True
         if any(signals) and self.signal is None:
             self.signal = next(number for number, wished in zip(NOTED, signals, strict=True) if wished > 0)
+            leave_after_rank_zero()
+            if self.trainer.interruption.signal is None:
+                self.trainer.interruption.hear(self.signal)
             self.trainer.interruption.signal = self.signal
 
 

@@ -76,6 +76,11 @@ class Parts:
             )
         self.precision: Precision = plugins.get("precision") or precision_of(given["precision"])
         self.strategy.precision_plugin = self.precision
+        if trainer.channels_last and self.strategy.sharded:
+            raise MisconfigurationException(
+                f"channels_last=True lays whole parameters, and {type(self.strategy).__name__} gives each process a "
+                "piece of them. Leave one of the two out."
+            )
         self.checkpoint_io: CheckpointIO = plugins.get("checkpoint_io") or CheckpointIO()
         self.compiler = compiler_of(trainer.compile, self.strategy.device)
         self.graphs = graphs_of(trainer.compile, self.strategy.device)
@@ -144,8 +149,8 @@ def strategy_of(given: str | Strategy, devices: list[torch.device], world: World
     settings = DDP_NAMES.get("ddp" if given == "auto" else given) if isinstance(given, str) else None
     if settings is None:
         raise MisconfigurationException(
-            f"strategy must be one of 'auto', 'single_device', {', '.join(map(repr, (*STARTS, *FSDP_NAMES)))}, or a Strategy object. "
-            f"Received: {given!r}."
+            f"strategy must be one of 'auto', 'single_device', {', '.join(map(repr, (*STARTS, *FSDP_NAMES)))}, or a "
+            f"Strategy object. Received: {given!r}."
         )
     strategy = DDPStrategy(device=device, world=world, **settings)
     strategy.devices = devices

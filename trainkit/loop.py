@@ -32,6 +32,7 @@ def fit(trainer: Trainer) -> None:
     module, progress, sources, metrics = trainer.module, trainer.progress, trainer.sources, trainer.metrics
     hooks, optimizers, schedules, timing = trainer.hooks, trainer.optimizers, trainer.schedules, trainer.timing
     agreement = trainer.agreement  # None: a run in one process
+    decided = trainer if agreement is None else agreement  # whose should_stop all processes know
     training_step = trainer.wrapped_step("training_step")  # in float32 on one device: the method itself
     told = agreement is not None and agreement.carried  # with the gradients, and not at log points
     transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
@@ -45,7 +46,7 @@ def fit(trainer: Trainer) -> None:
     timing.begin()
     trainer.switches.begin(module, (trainer.checkpoint or {}).get("switched", {}))  # what is frozen from here on
     while not trainer.done:
-        start, gradients = progress.batch, False
+        start, gradients, empty = progress.batch, False, False
         is_last = True  # until a batch says otherwise: a resumed epoch may have none left
         if start == 0:  # else: resumed inside this epoch
             sources.reload_if_due()
@@ -138,11 +139,11 @@ def fit(trainer: Trainer) -> None:
             progress.step += stepped  # a held float16 update counts, too, as in Lightning
             if is_last and automatic:
                 schedules.move(schedules.by_epoch, progress.epoch + 1)
-            if told and window_ends:
+            if agreement is not None and told and window_ends:
                 agreement.step()  # from here on all processes know what each of them wants
             if hooks.on_train_batch_end is not nobody:
                 hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
-            if window_ends and (progress.window % log_every == 0 or trainer.stop_wanted):
+            if window_ends and (progress.window % log_every == 0 or decided.should_stop):
                 trainer.log_point()
                 if agreement is not None and not told:
                     agreement.now()
@@ -163,7 +164,8 @@ def fit(trainer: Trainer) -> None:
 
         # A limit inside an epoch ends it early; a signal leaves it open.
         if is_last or (trainer.at_limit and not progress.validating):
-            metrics.end_batches()
+            metrics.end_batches(empty and progress.batch == 1)
+            trainer.strategy.be_patient()  # what an epoch's end does, one process may do alone
             metrics.x = max(progress.window - 1, 0)  # that of the epoch's last row
             hooks.on_train_epoch_end()
             if is_last and automatic:
@@ -242,7 +244,7 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches], undo: Undo | 
             for batch_idx, batch, is_last in batches:
                 if undo is not None and interruption.signal is not None and undo.possible():
                     raise CutShort(undo)
-                trainer.is_last_batch = is_last
+                trainer.is_last_batch, trainer.evaluation_idx = is_last, batch_idx
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)
                 if batch_idx == 0:
@@ -283,7 +285,7 @@ def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] |
             if trainer.strategy.sharded:
                 batches = accompanied(trainer, loader, batches, step, dataloader_idx)
             for batch_idx, batch, is_last in batches:
-                trainer.is_last_batch = is_last
+                trainer.is_last_batch, trainer.evaluation_idx = is_last, batch_idx
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)
                 if batch_idx == 0:

@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainkit import channels_last, components, launched, resume_hint
+from trainkit import channels_last, components, elastic, launched, resume_hint
 from trainkit.agreement import Agreement
 from trainkit.checkpoint import changes, restore
 from trainkit.data.sources import Sources
@@ -36,6 +36,7 @@ from trainkit.signals import Interrupted
 from trainkit.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainkit.timing import timing_of
 from trainkit.update import StepOptimizer, Update
+from trainkit.watchdog import watching
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -66,11 +67,12 @@ def running(
         data = [trainer.datamodule] if trainer.datamodule is not None else []
         status = "failed"
         try:
-            start(trainer, fn, data, ckpt_path)
-            yield
-            trainer.strategy.teardown(trainer.module)
-            if fn == TrainerFn.FITTING:
-                trainer.hooks.on_fit_end()
+            with watching(trainer):
+                start(trainer, fn, data, ckpt_path)
+                yield
+                trainer.strategy.teardown(trainer.module)
+                if fn == TrainerFn.FITTING:
+                    trainer.hooks.on_fit_end()
             status = "success"
             trainer.state.status = TrainerStatus.FINISHED
         except SearchOver:
@@ -89,6 +91,7 @@ def running(
                 part.on_exception(error)
             if interrupted and fn == TrainerFn.FITTING:
                 resume_hint.tell(trainer, error)
+                elastic.note(trainer, stopped=True)
             trainer.strategy.teardown(trainer.module)
             if type(error) is KeyboardInterrupt and trainer.interruption.signal is None:
                 # raised by the user's code: it ends a script as the first Ctrl-C does
@@ -156,9 +159,10 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     for part in data:
         prepare_data(trainer, "LightningDataModule", part)
     prepare_data(trainer, "LightningModule", module)
-    trainer.read_checkpoint(ckpt_path, stage)
+    elastic.read_checkpoint(trainer, ckpt_path, stage)
     if fitting:
         components.claim_directories(trainer.loggers, trainer.strategy)
+        elastic.note(trainer)
     launched.keep_log(trainer)
     if trainer.actions is not None:  # the run's directory is known by now
         set_profiler_up(trainer, stage)
@@ -227,6 +231,7 @@ def configure_optimizers(trainer: Trainer) -> None:
         elif not is_overridden(trainer.module, "optimizer_step"):
             names = [f"[LightningModule]{type(trainer.module).__name__}.optimizer_step", *names]
         trainer.actions.watch(trainer.optimizers, *names)
+    trainer.strategy.optimizers_made(trainer.optimizers)
     trainer.watches = choose_fused(trainer) if trainer.fused_optimizers else []
     trainer.schedules = Schedules(trainer.lr_scheduler_configs, trainer)
     trainer.step_optimizers = [StepOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]

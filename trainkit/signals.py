@@ -51,6 +51,9 @@ class Preempted(SystemExit):
 class Interruption:
     """Which signal asked this run to end, if any. Nothing is saved inside a handler; the loop looks here."""
 
+    asked = False
+    """Whether one has come to this process, in any run."""
+
     def __init__(self) -> None:
         self.signal: int | None = None
         self.noted_at = 0.0
@@ -60,7 +63,7 @@ class Interruption:
         self.save_seconds: float | None = None
         """How long the longest save took so far."""
         self._before: dict[int, Any] = {}
-        self._noting = False
+        self._noting = self._by_others = False
 
     @contextmanager
     def listening(self, at_once: Collection[int] = ()) -> Iterator[None]:
@@ -69,7 +72,7 @@ class Interruption:
         Args:
             at_once: those that end the run where it is.
         """
-        self.signal, self.at_once, self._noting = None, at_once, False
+        self.signal, self.at_once, self._noting, self._by_others = None, at_once, False, False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -88,10 +91,13 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._noting:
             return
-        if self.signal is not None:
+        if self.signal is not None and not self._by_others:
             self._restore()
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        self.signal, self.noted_at, self._noting = number, time.monotonic(), True
+        told, self._by_others, Interruption.asked = self._by_others, False, True
+        if not told:
+            self.signal, self.noted_at = number, time.monotonic()
+        self._noting = True
         try:
             handler = self._before.get(number)
             if _is_users_own(handler):
@@ -101,6 +107,12 @@ class Interruption:
             self._noting = False
         if number in self.at_once:
             self.leave()
+        if not told:
+            self._tell(number)
+
+    def hear(self, number: int) -> None:
+        """Note a signal that another process of the run got; this one's own, which may follow, is no second one."""
+        self.signal, self.noted_at, self._by_others = number, time.monotonic(), True
         self._tell(number)
 
     def _tell(self, number: int) -> None:

@@ -1,8 +1,8 @@
 """Taking part in a step without a sample of one's own, where parameters are spread over processes.
 
 Each forward and backward needs the pieces that all processes have. So one that has no sample of a batch, or whose
-evaluation is over earlier, goes through the step with a sample of another process: its loss weighs nothing, what it logs
-is nowhere, and no hook hears of it.
+evaluation is over earlier, goes through the step with a sample of another process: its loss weighs nothing, what it
+logs is nowhere, and no hook hears of it.
 """
 
 from __future__ import annotations
@@ -55,13 +55,12 @@ def accompanied(
     trainer: Trainer, loader: Batches, batches: Iterator[Any], step: Step, dataloader_idx: int
 ) -> Iterator[Any]:
     """Yield this process's batches of an evaluation, and then go through the steps of those that others still have."""
-    epoch, index, last = trainer.progress.epoch, -1, None
+    epoch, index = trainer.progress.epoch, -1
     if not getattr(loader, "sliced", False):
         yield from _asking(trainer, batches, step, dataloader_idx)
         return
     for index, batch, is_last in batches:
         yield index, batch, is_last
-    del last
     for others in range(index + 1, int(loader.taken_by_all(epoch))):
         _evaluate_along(trainer, loader.stand_in(epoch, others), others, step, dataloader_idx)
 

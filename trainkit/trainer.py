@@ -112,9 +112,12 @@ class Trainer(Status):
         barebones: turn off everything that could cost time (loggers, checkpoints, progress bar, summary, sanity check,
             `log`), to measure the loop alone.
         plugins: a Precision, a CheckpointIO, or both.
-        sync_batchnorm: share batch statistics between processes; a run has one.
-        use_distributed_sampler: let each process see its part of the data; a run has one process.
+        sync_batchnorm: share batch statistics between processes; on accelerators.
+        use_distributed_sampler: deal the data out to the processes; False: each has data of its own.
+        keep_batch: whose batch stays as large when a run goes on with another number of processes: "all", or "each".
         enable_autolog_hparams: tell the loggers the hyperparameters when fit begins (default True).
+        watchdog: say who waits for whom when a step takes ten times as long as usual, and at least so many seconds;
+            True: 30 s, None: True for several processes only. See docs/scale.md.
         model_registry: must be None; there is no model registry here.
 
     Every argument can also come from the environment: PL_TRAINER_MAX_EPOCHS=3 is max_epochs=3.
@@ -160,6 +163,7 @@ class Trainer(Status):
         benchmark: bool | None = None,
         inference_mode: bool = True,
         use_distributed_sampler: bool = True,
+        keep_batch: Literal["all", "each"] = "all",
         profiler: Profiler | str | None = None,
         detect_anomaly: bool = False,
         nan_policy: Literal["off", "raise", "skip"] = "off",
@@ -176,6 +180,7 @@ class Trainer(Status):
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True,
+        watchdog: bool | float | timedelta | None = None,
         model_registry: None = None,
     ) -> None:
         for name, value in arguments.checked(locals()).items():
@@ -202,9 +207,10 @@ class Trainer(Status):
         """The shell command that started this run, when the command line did."""
         self.resume_path: str | None = None
         """The checkpoint this run was resumed from."""
+        self.restarted_in: list[str | None] | None = None  # the loggers' directories, when torchrun starts a run again
         self.should_stop = False
         """Set it to end the run after this batch."""
-        self.batch_idx = -1
+        self.batch_idx = self.evaluation_idx = -1
         self.is_last_batch = False
         self.optimizers: list[Optimizer] = []
         self.step_optimizers: list[StepOptimizer] = []
@@ -216,6 +222,7 @@ class Trainer(Status):
         self.datamodule: DataModule | None = None
         self.transfer: Transfer | None = None
         self.sources = Sources(self, {})
+        self.resumed_by_name = False
         self.checkpoint: dict[str, Any] | None = None
         """The contents of the checkpoint that this run begins from."""
         self.ckpt_strict = True
@@ -481,20 +488,10 @@ class Trainer(Status):
         if getattr(self, "module", None) is None:
             raise AttributeError("save_checkpoint needs a module: call it during or after fit.")
         began = time.monotonic()
+        self.strategy.be_patient()
         with self.profiler.profile("save_checkpoint"):
             saving.save(self, filepath, bool(weights_only), storage_options, overwrite)
         self.interruption.saved_in(time.monotonic() - began)
-
-    def read_checkpoint(self, ckpt_path: str | os.PathLike[str] | None, stage: str) -> None:
-        """Read the checkpoint that `ckpt_path` means, and let the loggers go on where it was written."""
-        self.checkpoint, self.resume_path, self.resumed_by_name = None, None, False
-        path = self.strategy.on_rank_zero("looking for the checkpoint", lambda: restore.resolve(self, ckpt_path, stage))
-        if path is None:
-            return
-        self.checkpoint, self.resume_path = restore.load(self, path), str(path)
-        self.resumed_by_name = ckpt_path is not None and str(ckpt_path) not in ("last", "best")
-        if stage == "fit":
-            restore.continue_loggers(self, self.checkpoint, path)
 
     def _named_checkpoint(self, ckpt_path: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
         """Return the checkpoint that a call names, or the one `trainer.ckpt_path` was set to, which a call ends."""

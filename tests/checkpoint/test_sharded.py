@@ -127,7 +127,8 @@ losses = []
 for path in ("end.ckpt", checkpoint.best_model_path):
     losses += [trainer(strategy=fsdp()).validate(Net(), data(24), ckpt_path=path, verbose=False)[0]["val"]]
 predicted = trainer(strategy=fsdp()).predict(Net(), data(24), ckpt_path="end.ckpt")
-tell(names=names, saved=saved, from_=os.path.basename(again.ckpt_path), same=same(weights(again), expected), steps=steps,
+tell(names=names, saved=saved, from_=os.path.basename(again.ckpt_path), same=same(weights(again), expected),
+     steps=steps,
      best=os.path.basename(checkpoint.best_model_path), kept=len(checkpoint.best_k_models), losses=losses,
      best_loss=checkpoint.best_model_score.item(), failed=checkpoint.failed_saves, hidden=len(os.listdir("ck")),
      last=os.path.basename(checkpoint.last_model_path), predicted=len(predicted), joint=run.background.joint)
@@ -181,7 +182,8 @@ for path in sys.argv[2:]:
     strategy = fsdp(sys.argv[1].removeprefix("fsdp-")) if sys.argv[1].startswith("fsdp") else sys.argv[1]
     run = trainer(ModelCheckpoint(f"from-{sys.argv[1]}-{WORLD}"), strategy=strategy, max_epochs=2)
     run.fit(Net(), data(), ckpt_path=path)
-    found.append([near(weights(run), expected), run.global_step, [int(v["step"]) for v in run.optimizers[0].state.values()]])
+    steps = [int(v["step"]) for v in run.optimizers[0].state.values()]
+    found.append([near(weights(run), expected), run.global_step, steps])
 tell(found=found, path=run.checkpoint_callback.best_model_path)
 """
     for nproc, strategy in ((2, "fsdp-sharded"), (2, "ddp"), (1, "auto"), (4, "fsdp-full")):
@@ -259,7 +261,8 @@ for background in (False, True):
         run.fit(Net(), data())
     said = [str(one.message) for one in told if "nothing was saved" in str(one.message)]
     found[folder] = [sorted(os.listdir(folder)), checkpoint.failed_saves, len(said), said[0],
-                     os.path.basename(checkpoint.best_model_path), sorted(map(os.path.basename, checkpoint.best_k_models))]
+                     os.path.basename(checkpoint.best_model_path),
+                     sorted(map(os.path.basename, checkpoint.best_k_models))]
 fails[0] = 1
 try:
     run.save_checkpoint("by-hand.ckpt")

@@ -98,6 +98,7 @@ tell(weights=weights(module), step=t.global_step, rank=t.global_rank, world=t.wo
         {"accumulate_grad_batches": 3},
         {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2},
         {"precision": "bf16-mixed"},
+        {"compile": {"backend": "eager"}},
     ],
 )
 def test_two_processes_train_what_one_does(told: Told, settings: dict[str, Any]) -> None:
@@ -193,6 +194,31 @@ def test_what_is_done_after_some_time_is_done_by_all_when_the_first_ones_clock_s
     assert first == second
     assert len(first["saves"]) > 1
     assert len(first["validations"]) > 1
+
+
+SLOW_END = """
+import signal, time
+
+class Interrupt(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def teardown(self, trainer, pl_module, stage):
+        if trainer.global_rank == 0:
+            time.sleep(1.0)
+            print("rank 0 has closed everything", flush=True)
+
+trainer(callbacks=[Interrupt()], max_epochs=100).fit(Net(), data())
+"""
+
+
+def test_under_torchrun_nobody_leaves_before_rank_0_has_closed_everything(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(PREAMBLE + SLOW_END)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = subprocess.run([*launcher, "x.py"], cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+    assert "rank 0 has closed everything" in found.stdout, found.stderr
+    assert "exitcode  : 143" in found.stderr
 
 
 MANUAL = """

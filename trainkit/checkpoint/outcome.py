@@ -69,10 +69,16 @@ FOLLOWED = (
 """What the processes that do not write learn from the one that does."""
 
 
-def elapsed(callback: Keeper, trainer: Trainer) -> float:
-    """Return the seconds since the last save by time; where several processes agree on it, none or more than any."""
+def elapsed(callback: Keeper, trainer: Trainer, own: float) -> float:
+    """Return the seconds since the last save by time; where several processes agree on it, none or more than any.
+
+    Args:
+        callback: who saves.
+        trainer: of the run.
+        own: the seconds by this process's clock.
+    """
     if trainer.agreement is None or callback.train_time_interval is None:
-        return time.monotonic() - callback._clock
+        return own
     return math.inf if trainer.agreement.due(callback.state_key) else 0.0
 
 

@@ -120,13 +120,17 @@ def load(path: StrPath, allocate: Any = None) -> dict[str, Any]:
         raise CheckpointError(f"{name} could not be read: {disk.reason(error, name)}") from error
 
 
-def newest(*directories: StrPath) -> StrPath | None:
+def newest(*directories: StrPath, only: Callable[[str], bool] | None = None) -> StrPath | None:
     """Return the checkpoint of some directories with the most training in it, or None when they have none.
 
     That is the one with the highest `global_step` among the `*.ckpt` that load, whatever their names and dates say. One
     that can be resumed comes before one that has weights only. A file that does not load, or whose weights are not
     finite while there is one whose weights are, is left where it is, with a warning that has the reason. Of several
     directories with as much training the last counts: what is saved there knows of what the others have saved.
+
+    Args:
+        directories: where to look.
+        only: which paths count; None for all.
 
     Raises:
         CheckpointError: there are checkpoints, and none of them loads.
@@ -138,6 +142,8 @@ def newest(*directories: StrPath) -> StrPath | None:
     places = enumerate(directories)
     for place, path in [(n, os.path.join(named(each), name)) for n, each in places for name in checkpoints_in(each)]:
         try:
+            if only is not None and not only(path):
+                continue
             *training, is_last = _rank(path)
             ranked.append((tuple(training), place, is_last, path))
         except FileNotFoundError:

@@ -59,9 +59,6 @@ class Sources:
         self._mustered: dict[int, Indexed] = {}  # whose workers have been started before their loader was, by its id
         self._asked: dict[str, float] = {}  # the epoch in which loaders of a kind were asked for
         self._resumed = False  # whether the state of a checkpoint is loaded
-        self.keep_batch = "all"
-        """What of a batch's size stays when a run goes on with another number of processes: that of "all" of them
-        together, or that of "each"."""
         self._stood: list[dict[str, int] | None] = []  # where the run stood that this one goes on
 
     @property
@@ -283,7 +280,7 @@ class Sources:
                 shard=trainer.strategy.shard,
                 deal=trainer.use_distributed_sampler,
                 even=kind == "train" or combined,
-                kept=kept[index] if index < len(kept) and (combined or self.keep_batch == "all") else None,
+                kept=kept[index] if index < len(kept) and (combined or trainer.keep_batch == "all") else None,
             )
             for index, (leaf, leaf_name) in enumerate(zip(leaves, _names(kind, len(leaves)), strict=True))
         ]
@@ -382,9 +379,10 @@ class Sources:
         for part, saved in changed:
             size, parts_now = part.indexed.slices.size, part.indexed.slices.parts  # type: ignore[union-attr]
             rank_zero_info(
-                f"{part.name}: {parts_now} processes go on where {saved['parts']} were, at sample {saved['samples']} "
-                f"of epoch {progress.epoch}. A batch of all of them has {size} samples, {size / parts_now:g} for each; "
-                f"it had {saved['size']}."
+                f"{part.name}: {parts_now} process{'es go' if parts_now > 1 else ' goes'} on where {saved['parts']} "
+                f"{'were' if saved['parts'] > 1 else 'was'}, at sample {saved['samples']} of epoch {progress.epoch}. A "
+                f"batch has {size} samples in all, {size / parts_now:g} for each process; it had {saved['size']}, "
+                f"{saved['size'] / saved['parts']:g} for each."
             )
 
     def epoch(self, loader: Batches, epoch: int, start: int = 0) -> Iterator[tuple[int, Any, bool]]:

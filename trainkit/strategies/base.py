@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,12 +35,12 @@ class Strategy:
     """Whether parameters are spread over processes, as torch's DTensor, of which each has a part."""
     sharded_checkpoints = False
     """Whether a checkpoint is a directory that all processes write together."""
-    averages_by_hand = False
-    """Whether `sync_by_hand` is to be called behind each backward that averages gradients."""
     device_mesh: DeviceMesh | None = None
     """How the processes are arranged, where parameters are spread over them."""
     precision_plugin: Precision | None = None
     """The run's; the Trainer says so."""
+    patience = 0
+    """How often a wait for the others was made long again (`be_patient`)."""
     world = World()
     """The processes of the run, and which of them this is."""
 
@@ -70,6 +71,11 @@ class Strategy:
     def shard(self) -> tuple[int, int]:
         """Which part of the data this process has, and of how many: all that share one part compute one thing."""
         return self.global_rank, self.world_size
+
+    @property
+    def averages_by_hand(self) -> bool:
+        """Whether `sync_by_hand` is to be called behind each backward that averages gradients."""
+        return False
 
     def setup_environment(self) -> None:
         """Join the other processes; called before anything of a run."""
@@ -113,8 +119,13 @@ class Strategy:
     def epoch_starts(self) -> None:
         """Prepare for an epoch; with several processes."""
 
-    def sync(self, wanted: bool) -> None:
-        """Say before a step's forward whether its gradients are averaged; with several processes."""
+    def sync(self, wanted: bool, lacking: bool = False) -> None:
+        """Say before a step's forward whether its gradients are averaged; with several processes.
+
+        Args:
+            wanted: whether they are.
+            lacking: some process has no sample, and so no forward in which it could hear of anything.
+        """
 
     def sync_by_hand(self) -> None:
         """Average the gradients after a step in which some process had no sample; with several processes."""
@@ -148,6 +159,9 @@ class Strategy:
         else:
             nn.utils.clip_grad_norm_(parameters, limit)
 
+    def optimizers_made(self, optimizers: Iterable[Optimizer]) -> None:
+        """Get to know the run's optimizers, and refuse those that can't work."""
+
     def optimizers_to_device(self, optimizers: Iterable[Optimizer]) -> None:
         """Bring restored optimizer state to where its parameters are."""
         for optimizer in optimizers:
@@ -163,7 +177,13 @@ class Strategy:
         """Give up what would keep other processes waiting, when a run fails."""
 
     # ---- between processes; one process is all of them
-    def barrier(self, name: str | None = None) -> None:
+    def be_patient(self) -> None:
+        """Wait long for the others from here on: one of them may have something to do that is no training step."""
+
+    def be_quick(self, timeout: timedelta, patience: int) -> None:
+        """Wait only so long for the others, while nothing but steps is done."""
+
+    def barrier(self, name: str | None = None, timeout: float | timedelta | None = None) -> None:
         """Wait for all processes."""
 
     def on_rank_zero(self, what: str, function: Callable[[], Any]) -> Any:

@@ -30,7 +30,9 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_hook: replaces the averaging, as `DistributedDataParallel.register_comm_hook` says.
         ddp_comm_wrapper: takes the hook and returns one, for example to compress what it sends.
         process_group_backend: torch's name of it; None takes nccl for cuda beside gloo for the host, gloo elsewhere.
-        timeout: how long a process waits for the others before that is an error.
+        timeout: how long a process waits for the others before that is an error, where nobody knows better: up to
+            the first training step's end, and in all that is no training step.
+        step_timeout: how long in a training step, once it is known how long these take; see `ParallelStrategy`.
         start_method: how a Trainer that has to start processes itself does so: None runs the script again ("popen" is
             Lightning's word for it), "spawn", "fork" and "notebook" run the call in children of this process.
         device: where this process's module and batches live; the Trainer says so.
@@ -50,12 +52,13 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_wrapper: Callable[..., Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        step_timeout: timedelta | None = timedelta(minutes=5),
         start_method: str | None = None,
         device: torch.device | str = "cpu",
         world: World | None = None,
         **more: Any,
     ) -> None:
-        super().__init__(device, world, process_group_backend, timeout)
+        super().__init__(device, world, process_group_backend, timeout, step_timeout)
         self.start_method = None if start_method == "popen" else start_method
         self.settings: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
@@ -88,9 +91,34 @@ class DDPStrategy(ParallelStrategy):
             return
         cuda = [self.device.index] if self.device.type == "cuda" else None
         self.model = DistributedDataParallel(self._steps, device_ids=cuda, **self.settings)
+        rebuilds = not (self.settings["static_graph"] or self.settings["find_unused_parameters"])
+        if self.world_size > 2 and rebuilds:
+            self._settle_buckets()
         state, hook, wrapper = self.hook
         if hook is not None:
             self.model.register_comm_hook(state, wrapper(hook) if wrapper is not None else hook)
+
+    def _settle_buckets(self) -> None:
+        """Let DDP lay its buckets out before the first step, and not after it.
+
+        It lays them out again when it has seen a backward, and a sum over three processes depends in its last bit on
+        where in a bucket a number is: the first step of a resumed run would differ from what the run that was not cut
+        had at that place. So it sees the backward of a sum over all parameters, last ones first, that nobody uses.
+        """
+        parameters = [p for p in self._steps.parameters() if p.requires_grad]
+        hooked = any(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
+        if self.model is None or hooked or any(getattr(part, "sparse", False) for part in self._steps.modules()):
+            return  # hooks of the user's would take it for a step, and sparse gradients are of other kinds
+        before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        self.model.reducer.prepare_for_backward([])
+        with torch.enable_grad():
+            sums = [(torch.view_as_real(p) if p.is_complex() else p).sum().float() for p in parameters]
+            torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
+        self.model.reducer._rebuild_buckets()
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
 
     def epoch_starts(self) -> None:
         """Look whether other parameters learn than before: DDP has to know."""
@@ -101,10 +129,14 @@ class DDPStrategy(ParallelStrategy):
     def _step(self, *args: Any) -> Any:
         return self._steps(*args) if self.model is None else self.model(*args)
 
-    def sync(self, wanted: bool) -> None:
-        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window."""
+    def sync(self, wanted: bool, lacking: bool = False) -> None:
+        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window.
+
+        Forward sends rank 0's buffers, unless some process has no forward.
+        """
         if self.model is not None:
             self.model.require_backward_grad_sync = wanted
+            self.model.require_forward_param_sync = not lacking
 
     def prepare_backward(self, loss: Tensor) -> None:
         """Have the gradients of a backward averaged that the step itself runs, inside of its forward."""

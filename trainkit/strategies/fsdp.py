@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainkit.errors import MisconfigurationException, warn
+from trainkit.pieces import local
 from trainkit.strategies.ddp import Carry, Wishes
 from trainkit.strategies.materialise import is_on_meta, materialise, parts_before_owners
 from trainkit.strategies.sharded import ShardedStrategy, checkpointed, fsdp_roots, through
 from trainkit.strategies.wrapping import Policy, check_policy, chosen
+from trainkit.tree import map_tensors
 from trainkit.world import World
 
 SHARDING = {
@@ -36,8 +39,8 @@ class FSDPStrategy(ShardedStrategy):
     Reference: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", VLDB 2023.
 
     What is gathered at once is what `auto_wrap_policy` chooses, and the rest of the module together; without one it is
-    the whole module. A module's own `configure_model` may call `fully_shard` instead, with `self.device_mesh`: then only
-    what it left is spread here.
+    the whole module. A module's own `configure_model` may call `fully_shard` instead, with `self.device_mesh`: then
+    only what it left is spread here.
 
     Args:
         cpu_offload: parameters, gradients and optimizer state live on the host, and go to the accelerator for a moment.
@@ -162,17 +165,18 @@ class FSDPStrategy(ShardedStrategy):
             self._sync_batchnorm(module)
         self._checkpoint_activations(module)
         root = vars(module).get("_fsdp_root")
-        automatic = getattr(module, "automatic_optimization", True)
+        self.manual = not getattr(module, "automatic_optimization", True)
+        self._synced = True
         if root is None:
-            self._spread(module, automatic)
+            self._spread(module)
             root = vars(module).get("_fsdp_root")
         self._roots = fsdp_roots(module) if root is None else [root]
         own_root = len(self._roots) == 1 and self._roots[0] is module
-        self._call = through(module) if own_root and automatic else root
+        self._call = through(module) if own_root and not self.manual else root
         for tensor in module.buffers():
             tensor.data = tensor.data.to(self.device)
 
-    def _spread(self, module: nn.Module, automatic: bool) -> None:
+    def _spread(self, module: nn.Module) -> None:
         """Spread what is not spread yet. With manual optimization each part that is called is a root of its own.
 
         A root's parameters are whole from its forward to the end of its backward, which lies inside of the step there.
@@ -182,15 +186,15 @@ class FSDPStrategy(ShardedStrategy):
             warn("configure_model has called fully_shard already: auto_wrap_policy is not used.")
         by_policy = [] if users or self.auto_wrap_policy is None else chosen(module, self.auto_wrap_policy)
         parts = dict.fromkeys(by_policy)
-        root: nn.Module | None = None
+        root: Root | None = None
         outermost: list[nn.Module] = []
-        if not automatic:
+        if self.manual:
             outermost = called_parts(module)
             _check_no_own_parameters(module)
         elif users != [module]:
             shards = self.device_mesh.shape[-1] if self.device_mesh is not None else 1
             root = Root(module, shards)
-        again = self.reshard_after_forward if automatic else self.reshard_after_forward is not False
+        again = self.reshard_after_forward is not False if self.manual else self.reshard_after_forward
 
         def finished(part: nn.Module) -> None:
             if part in parts:
@@ -206,6 +210,7 @@ class FSDPStrategy(ShardedStrategy):
         if root is not None:
             self._shard(root, self.reshard_after_forward, output_dtype=torch.float32)
             vars(module)["_fsdp_root"] = root
+            root.lead_forward()
 
     def _shard(self, part: nn.Module, reshard: bool | int | None, output_dtype: torch.dtype | None = None) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -254,7 +259,7 @@ class FSDPStrategy(ShardedStrategy):
         With manual optimization FSDP is around the parts that it calls.
         """
         if isinstance(self._call, Root):
-            self._call.listen(wishes)
+            self._call.listen(step, wishes)
         return self._through(step)
 
     def _through(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -272,7 +277,7 @@ class FSDPStrategy(ShardedStrategy):
         while self._checkpointed:
             vars(self._checkpointed.pop()).pop("forward", None)
         if isinstance(self._call, Root):
-            self._call.listen(None)
+            self._call.listen(None, None)
 
 
 class Root(nn.Module):
@@ -290,11 +295,15 @@ class Root(nn.Module):
         dtype = torch.float32 if own is None else own.dtype
         # each process gets a row of its gradient: the mean of what all have put there
         self.carrier = nn.Parameter(torch.zeros(shards, WIDTH, dtype=dtype))
+        self.inside = False
+        """Whether its parameters are whole, as a step of it runs."""
         self.sent: Tensor | None = None
         self.wishes: Wishes | None = None
+        self.trains: Callable[..., Any] | None = None
 
-    def listen(self, wishes: Wishes | None) -> None:
-        """Send along with the gradients what processes tell each other."""
+    def listen(self, step: Callable[..., Any] | None, wishes: Wishes | None) -> None:
+        """Send along with the gradients of a step what processes tell each other."""
+        self.trains = step
         self.wishes = self.sent = None
         if wishes is not None and len(wishes.names) <= WIDTH:
             self.wishes, wishes.carried, wishes.heard = wishes, True, self.heard  # type: ignore[method-assign]
@@ -306,18 +315,45 @@ class Root(nn.Module):
         grad, self.carrier.grad = self.carrier.grad, None
         if grad is None or self.wishes is None:
             return None
-        return grad.to_local()[0, : len(self.wishes.names)]  # type: ignore[attr-defined, no-any-return]
+        return local(grad)[0, : len(self.wishes.names)]
 
-    def forward(self, step: Callable[..., Any], *args: Any) -> Any:
+    def forward(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step."""
-        output = step(*args)
-        if self.sent is None or not torch.is_grad_enabled():
+        self.inside = True
+        try:
+            output = map_tensors(without_view, step(*args, **kwargs))
+        finally:
+            self.inside = False
+        if self.sent is None or step is not self.trains:
             return output
         if isinstance(output, Tensor):
             return Carry.apply(output, self.carrier, self.sent)
         if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
             return {**output, "loss": Carry.apply(output["loss"], self.carrier, self.sent)}
         return output
+
+    def lead_forward(self) -> None:
+        """Let the module be called outside of its steps, too: in a hook, or when the run is over."""
+        forward = self.module.forward
+        if getattr(forward, "__func__", None) is nn.Module.forward:
+            return
+
+        @functools.wraps(forward)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return forward(*args, **kwargs)
+            output = self(forward, *args, **kwargs)
+            if not torch.is_grad_enabled():  # else backward does
+                self.reshard()  # type: ignore[operator]
+            return output
+
+        vars(self.module)["forward"] = called
+
+
+def without_view(tensor: Tensor) -> Tensor:
+    """Return a tensor that is no view of another one: FSDP warns of those where a gradient may pass."""
+    is_view = isinstance(tensor, Tensor) and tensor.requires_grad and tensor._is_view()
+    return tensor.clone() if is_view else tensor
 
 
 def is_known(part: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Modules made on the meta device, where parameters have a shape and no memory: they get both it and their values.
 
 Each part draws its values by its own `reset_parameters`, parts before their owner, in the order in which the owner has
-them. That is the order in which most modules are made, so the values are those that the seed gives without a meta device.
+them. That is the order in which most modules are made, so the values are those that the seed gives without a meta
+device.
 At most one part's parameters are whole at a time; where they are spread over processes, each then keeps its piece.
 """
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trainkit.errors import MisconfigurationException
-from trainkit.strategies.pieces import is_spread, piece_of
+from trainkit.pieces import is_spread, piece_of
 
 RESETS = ("reset_parameters", "_reset_parameters")
 """What draws a part's values; the second one is what nn.MultiheadAttention and nn.Transformer call it."""

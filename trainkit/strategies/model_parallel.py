@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trainkit.errors import MisconfigurationException
 from trainkit.hooks import is_overridden
+from trainkit.pieces import by_kind, local
 from trainkit.strategies.ddp import Wishes
 from trainkit.strategies.materialise import is_on_meta, materialise
-from trainkit.strategies.pieces import by_kind, local
 from trainkit.strategies.sharded import ShardedStrategy, fsdp_parameters, fsdp_roots, through
 from trainkit.world import World
 
@@ -25,9 +25,10 @@ DATA, TENSOR = "data_parallel", "tensor_parallel"
 class ModelParallelStrategy(ShardedStrategy):
     """Tensor parallel training, by itself or together with FSDP, as the module's `configure_model` lays it out.
 
-    The processes are a mesh of two dimensions, `self.device_mesh["data_parallel"]` and `["tensor_parallel"]`. Those that
-    differ in the second alone get the same batches. In `configure_model` the module calls torch's `parallelize_module`
-    with the one, and `fully_shard` with the other; where it does not call the latter, gradients are averaged here.
+    The processes are a mesh of two dimensions, `self.device_mesh["data_parallel"]` and `["tensor_parallel"]`. Those
+    that differ in the second alone get the same batches. In `configure_model` the module calls torch's
+    `parallelize_module` with the one, and `fully_shard` with the other; where it does not call the latter, gradients
+    are averaged here.
 
     Reference: Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language Models", 2019.
 
@@ -68,30 +69,32 @@ class ModelParallelStrategy(ShardedStrategy):
         self._wishes: Wishes | None = None
 
     # ---- the processes
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many parts the data have, and how many processes share one."""
+        data, tensor = self.data_parallel_size, self.tensor_parallel_size
+        nodes = self.world.num_nodes
+        return nodes if data == "auto" else int(data), self.world_size // nodes if tensor == "auto" else int(tensor)
+
     def make_mesh(self) -> DeviceMesh:
         """Return the mesh.
 
         Raises:
             RuntimeError: it is of another number of processes than there are.
         """
-        data, tensor = self.data_parallel_size, self.tensor_parallel_size
-        data = self.world.num_nodes if data == "auto" else int(data)
-        tensor = self.world_size // self.world.num_nodes if tensor == "auto" else int(tensor)
+        data, tensor = self.sizes
         if data * tensor != self.world_size:
             raise RuntimeError(
                 f"data_parallel_size={data} times tensor_parallel_size={tensor} is {data * tensor}, and there are "
                 f"{self.world_size} processes. Choose sizes whose product is that."
             )
-        self.data_parallel_size, self.tensor_parallel_size = data, tensor
         return init_device_mesh(self.device.type, (data, tensor), mesh_dim_names=(DATA, TENSOR))
 
     @property
     def shard(self) -> tuple[int, int]:
         """Which part of the data this process has, and of how many: all that share one part compute one thing."""
-        mesh = self.device_mesh
-        if mesh is None:
-            raise RuntimeError("which part of the data a process has is known once the processes have joined.")
-        return mesh[DATA].get_local_rank(), mesh[DATA].size()
+        data, tensor = self.sizes
+        return self.global_rank // tensor, data
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int] | None:
@@ -108,7 +111,7 @@ class ModelParallelStrategy(ShardedStrategy):
         """
         from torch.distributed.fsdp import FullyShardedDataParallel
 
-        if not is_overridden(module, "configure_model"):  # type: ignore[arg-type]
+        if not is_overridden(module, "configure_model"):
             raise TypeError(
                 f"{type(self).__name__} needs a configure_model(self) in {type(module).__name__}, which spreads the "
                 "parameters over self.device_mesh by torch's parallelize_module and fully_shard."
@@ -126,7 +129,9 @@ class ModelParallelStrategy(ShardedStrategy):
             materialise(module, self.device, self.same_everywhere)
         module.to(self.device)
         self._roots = fsdp_roots(module)
-        own_root = self._roots == [module] and getattr(module, "automatic_optimization", True)
+        self.manual = not getattr(module, "automatic_optimization", True)
+        self._synced = True
+        own_root = self._roots == [module] and not self.manual
         self._call = through(module) if own_root else None
         self._same_pieces(module)
         kinds = by_kind(p for p in module.parameters() if p.requires_grad)
@@ -169,7 +174,7 @@ class ModelParallelStrategy(ShardedStrategy):
         self._wishes = wishes
         self.epoch_starts()
         if wishes is not None:
-            wishes.carried = bool(self._by_hand)
+            wishes.carried = bool(self._by_hand) and self.world_size == self.shard[1]  # else not all hear of them
         return self._through(step)
 
     def _through(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,21 +198,23 @@ class ModelParallelStrategy(ShardedStrategy):
             return
         group = self.device_mesh[DATA].get_group()
         grads = [torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad) for p in self._by_hand]
-        wished = [] if self._wishes is None else [self._wishes.own]
+        wished = [self._wishes.own] if self._wishes is not None and self._wishes.carried else []
         sent = torch.cat([tensor.reshape(-1) for tensor in (*grads, *wished)])
         dist.all_reduce(sent, group=group)
         sent /= group.size()
-        means = sent.split([tensor.numel() for tensor in (*grads, *wished)])
+        means = torch.split(sent, [tensor.numel() for tensor in (*grads, *wished)])
         for parameter, grad, mean in zip(self._by_hand, grads, means, strict=False):
             if parameter.grad is not None:
                 grad.copy_(mean.view_as(grad))
-        if self._wishes is not None:
+        if wished and self._wishes is not None:
             self._wishes.carrier.grad = means[-1].float()
 
     def prepare_backward(self, loss: Tensor) -> None:
         """Have the gradients of a backward averaged at its end that the step itself runs."""
         if self._by_hand and loss.requires_grad:
-            loss.register_hook(lambda _: torch.autograd.Variable._execution_engine.queue_callback(self.sync_by_hand))
+            loss.register_hook(  # type: ignore[no-untyped-call]
+                lambda _: torch.autograd.Variable._execution_engine.queue_callback(self.sync_by_hand)
+            )
 
 
 def checked_size(argument: str, given: Any) -> int | str:

@@ -1,7 +1,7 @@
-"""ShardedStrategy: what strategies have in common whose parameters are spread over processes by torch's FSDP2 and DTensor.
+"""ShardedStrategy: what strategies have in common that spread parameters over processes by torch's FSDP2 and DTensor.
 
-The values of parameters are rank 0's. All processes take part in each forward and backward, as each has a piece that the
-others need: one that has no sample goes through the step with a sample of another one, which counts nothing
+The values of parameters are rank 0's. All processes take part in each forward and backward, as each has a piece that
+the others need: one that has no sample goes through the step with a sample of another one, which counts nothing
 (`taking_part.py`).
 """
 
@@ -16,9 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import LBFGS, Adafactor, Muon, Optimizer, Rprop, SparseAdam
 
+from trainkit.errors import MisconfigurationException
+from trainkit.pieces import clip_norm, clip_value, is_spread
 from trainkit.strategies.parallel import ParallelStrategy
-from trainkit.strategies.pieces import clip_norm, clip_value, is_spread
+
+WHOLE_ONLY = (LBFGS, Adafactor, Muon, Rprop, SparseAdam)
+"""Optimizers of torch that fail on pieces of parameters."""
 
 
 class ShardedStrategy(ParallelStrategy):
@@ -39,13 +44,13 @@ class ShardedStrategy(ParallelStrategy):
 
     @contextmanager
     def init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Make modules on the host, or with `empty_init=True` without memory: all of it may be too much for a device."""
+        """Make modules on the host, or with `empty_init=True` without memory: a device may have too little."""
         with torch.device("meta") if empty_init else nullcontext():
             yield
 
     def begin(self, module: nn.Module) -> None:
         """Give `configure_model` the mesh, and all processes the same values and the same random state as rank 0."""
-        vars(module)["_device_mesh"] = self.device_mesh
+        vars(module)["device_mesh"] = self.device_mesh
         self.same_everywhere([*module.parameters(), *module.buffers()])
         state = torch.get_rng_state().to(self.device)
         dist.broadcast(state, 0)
@@ -54,6 +59,19 @@ class ShardedStrategy(ParallelStrategy):
     def same_everywhere(self, tensors: Iterable[Tensor]) -> None:
         """Give all processes the values that rank 0 has of what is not spread over them."""
         super().same_everywhere(t for t in tensors if not t.is_meta and not is_spread(t))
+
+    def optimizers_made(self, optimizers: Iterable[Optimizer]) -> None:
+        """Refuse optimizers that can't work on pieces.
+
+        Raises:
+            MisconfigurationException: it names one.
+        """
+        for optimizer in optimizers:
+            if isinstance(optimizer, WHOLE_ONLY):
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__} needs whole parameters, and with {type(self).__name__} each process "
+                    "has a piece of them. Use another optimizer, AdamW for example, or strategy='ddp'."
+                )
 
     # ---- the step
     @property
@@ -72,14 +90,19 @@ class ShardedStrategy(ParallelStrategy):
 
         return run
 
-    def sync(self, wanted: bool) -> None:
-        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window."""
-        if wanted != self._synced:
+    def sync(self, wanted: bool, lacking: bool = False) -> None:
+        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window.
+
+        With manual optimization they are averaged in each backward.
+        """
+        if wanted != self._synced and not self.manual:
             self._synced = wanted
             for root in self.roots:
                 root.set_requires_gradient_sync(wanted)
 
     _synced = True
+    manual = False
+    """Whether the module's training_step optimizes by itself."""
 
     def epoch_starts(self) -> None:
         """Let parameters learn that learn from now on, and forget gradients of a window that was left in its middle."""

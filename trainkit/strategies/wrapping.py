@@ -39,7 +39,7 @@ def chosen(module: nn.Module, policy: Policy) -> list[nn.Module]:
     if classes is not None:
         kinds = tuple(classes)
         return list(_parts(module, lambda part: isinstance(part, kinds)))
-    says = getattr(policy, "_lambda_fn", policy)  # torch's CustomPolicy
+    says: Any = getattr(policy, "_lambda_fn", policy)  # torch's CustomPolicy
     if len(inspect.signature(says).parameters) < 3:
         return list(_parts(module, lambda part: bool(says(part))))
     found: list[nn.Module] = []

@@ -5,12 +5,15 @@ torch.distributed.tensor is imported where such tensors are made, and not here: 
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_spread(tensor: Any) -> bool:
@@ -21,12 +24,12 @@ def is_spread(tensor: Any) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return the numbers that this process has of a tensor, in their own memory."""
-    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.to_local() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its numbers; all processes that have a piece of it call this."""
-    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def piece_of(tensor: Tensor, like: Tensor) -> Tensor:
@@ -45,9 +48,34 @@ def piece_of(tensor: Tensor, like: Tensor) -> Tensor:
         mine = coordinate[at]
         piece = parts[mine] if mine < len(parts) else piece.narrow(dim, 0, 0)
     piece = piece.contiguous() if piece is not tensor and piece.numel() < tensor.numel() else piece.clone()
-    return DTensor.from_local(
-        piece, mesh, like.placements, run_check=False, shape=like.size(), stride=like.stride()
-    )
+    return DTensor.from_local(piece, mesh, like.placements, run_check=False, shape=like.size(), stride=like.stride())
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module was made of: torch's `fully_shard` gives it one that derives from that."""
+    fsdp, kind = sys.modules.get("torch.distributed.fsdp"), type(module)
+    known = fsdp is not None and issubclass(kind, fsdp.FSDPModule)
+    return kind.__mro__[2] if known else kind  # behind the new class and FSDPModule
+
+
+def copy_parts(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Put copies of those parts that FSDP spreads into a deep copy's memo: FSDP refuses to be copied.
+
+    A copy keeps its piece of the parameters, as a tensor that is spread, and is of the part's own class.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    spread = [part for part in module.modules() if fsdp is not None and isinstance(part, fsdp.FSDPModule)]
+    for part in reversed(spread):  # parts before their owners
+        if id(part) in memo or part is module:
+            continue
+        kind = class_of(part)
+        twin: nn.Module = kind.__new__(kind)
+        memo[id(part)] = twin
+        state = {name: value for name, value in vars(part).items() if not name.startswith("__composable_api")}
+        hooks: dict[str, Any] = {
+            name: OrderedDict() for name in state if "_hooks" in name and isinstance(state[name], OrderedDict)
+        }
+        vars(twin).update(copy.deepcopy({**state, **hooks}, memo))
 
 
 def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
@@ -56,6 +84,20 @@ def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     for tensor in tensors:
         groups.setdefault(tensor.device_mesh if is_spread(tensor) else None, []).append(tensor)  # type: ignore[attr-defined]
     return list(groups.values())
+
+
+def norm_of(tensor: Tensor, norm_type: float) -> Tensor:
+    """Return a tensor's norm; of one that is spread it is spread, too: a part that `whole` makes one of all."""
+    if not is_spread(tensor) or norm_type != math.inf:
+        plain: Tensor = torch.linalg.vector_norm(tensor, norm_type)
+        return plain
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(tensor, DTensor)
+    own = local(tensor)
+    largest = own.abs().amax() if own.numel() else own.new_zeros(())  # a process may have nothing of a small one
+    placements = [Replicate() if p.is_replicate() else Partial("max") for p in tensor.placements]
+    return DTensor.from_local(largest, tensor.device_mesh, placements, run_check=False)
 
 
 def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:

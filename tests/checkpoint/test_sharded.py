@@ -157,6 +157,43 @@ def test_a_run_saves_directories_and_goes_on_from_them_to_the_last_bit(when: str
     assert command("inspect", ["end.ckpt", "ck/last.ckpt"]) == 0
 
 
+def test_training_goes_on_while_a_directory_is_written_and_averages_of_weights_are_in_it(told: Told) -> None:
+    body = """
+from trainkit.callbacks import EMAWeightAveraging
+
+trained_on, seen, real = threading.Event(), [], os.fsync
+
+
+class Note(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 4:
+            trained_on.set()
+
+
+def fsync(descriptor):
+    if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{RANK}.data"):
+        seen.append(trained_on.wait(30))  # the save after step 3 is on the disk when step 4 is done
+    real(descriptor)
+
+
+os.fsync = fsync
+save = {"every_n_train_steps": 3, "save_top_k": -1, "asynchronous": True}
+run = trainer(ModelCheckpoint("ck", **save), EMAWeightAveraging(decay=0.9), Note(), strategy=fsdp(), max_steps=7)
+run.fit(Net(), data())
+again = trainer(EMAWeightAveraging(decay=0.9), strategy=fsdp(), max_steps=7, enable_checkpointing=False)
+again.fit(Net(), data(), ckpt_path="ck/epoch=0-step=3.ckpt")
+tell(seen=seen, names=sorted(os.listdir("ck")), same=same(weights(run), weights(again)))
+"""
+    for rank in told(2, body):
+        assert rank["seen"] == [True, True]
+        assert rank["names"] == ["epoch=0-step=3.ckpt", "epoch=0-step=6.ckpt"]
+        assert rank["same"]
+    state = store.load("ck/epoch=0-step=3.ckpt")
+    average, trained = state["state_dict"], state["current_model_state"]
+    assert average.keys() == trained.keys()
+    assert not torch.equal(average["net.0.weight"], trained["net.0.weight"])
+
+
 # ---- other processes, other strategies
 def test_any_number_of_processes_and_any_strategy_goes_on_from_a_directory_and_from_one_file(told: Told) -> None:
     whole = """

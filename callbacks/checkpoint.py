@@ -350,7 +350,8 @@ class ModelCheckpoint(Checkpoint):
         step = trainer.global_step
         if step == self._decided_step:  # no update since: inside an accumulation window
             return
-        if self._when_batch(Moment("batch", trainer.current_epoch, step, elapsed(self, trainer))):
+        seconds = elapsed(self, trainer, time.monotonic() - self._clock)
+        if self._when_batch(Moment("batch", trainer.current_epoch, step, seconds)):
             self._decided_step, self._clock = step, time.monotonic()
             self._decide(trainer, "batch")
 

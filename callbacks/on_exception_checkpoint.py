@@ -56,5 +56,5 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: Module) -> None:
         if self._saving and trainer.is_global_zero and os.path.exists(self.ckpt_path):
-            os.remove(self.ckpt_path)
+            trainer.checkpoint_io.remove_checkpoint(self.ckpt_path)
         self._saving = False

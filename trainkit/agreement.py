@@ -3,8 +3,8 @@
 One may be told to stop by a signal, a clock or a user's callback that the others know nothing of. If it stopped alone,
 the others would wait for it for ever. So what a process wants is sent along with the gradients of its next update, and
 what anybody wants happens on all of them after that one: no message more is sent than without it. What is done after
-some time is done when it is over on rank 0's clock. Where no gradients
-are sent (between epochs, after a validation, with manual optimization at log points) they ask each other.
+some time is done when it is over on rank 0's clock. Where no gradients that carry it are sent (between epochs, after a
+validation, and at log points with manual optimization or with a strategy that has no place for it) they ask each other.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from trainkit.errors import MisconfigurationException
 from trainkit.signals import NOTED
 from trainkit.strategies.ddp import Wishes
 from trainkit.strategies.parallel import leave_after_rank_zero
+from trainkit.taking_part import train_along
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -44,7 +45,7 @@ class Agreement:
         self._due: set[str] = set()
         self._deaf: dict[str, int] = {}  # to so many wishes that were made before their fulfilment was known
         self.wishes = Wishes(("stop", *map(str, NOTED), *self._timed), self.device)
-        self.stop = False
+        self.should_stop = False
         """Whether somebody has set `should_stop`."""
         self.signal: int | None = None
         """A signal that somebody got."""
@@ -62,10 +63,16 @@ class Agreement:
             averages: whether gradients are averaged after it.
         """
         train, epoch = self.trainer.sources.train, self.trainer.progress.epoch
+        strategy = self.trainer.strategy
         self._lacking = train.lacking(epoch, batch_idx)
-        self._by_hand = averages and self._lacking
+        if self._lacking and not self.trainer.module.automatic_optimization:
+            raise MisconfigurationException(
+                f"batch {batch_idx} has fewer samples than there are processes, and with manual optimization only "
+                "training_step knows how gradients are averaged. Use drop_last=True, or a batch size that fits."
+            )
+        self._by_hand = averages and (strategy.averages_by_hand or (self._lacking and not strategy.sharded))
         self._share = train.share(epoch, batch_idx)
-        self.trainer.strategy.sync(averages and not self._lacking)
+        strategy.sync(averages and (strategy.sharded or not self._by_hand), self._lacking)
         wish = (self.trainer.should_stop, self.trainer.interruption.signal, *(self._over() if self._timed else ()))
         if wish != self._told:
             self._told = wish
@@ -75,8 +82,13 @@ class Agreement:
         """Return the loss as it counts among those of all processes: by its samples."""
         return loss if self._share == 1.0 else loss * self._share
 
-    def end_batch(self, loss: Tensor | None, empty: bool) -> bool:
+    def end_batch(self, loss: Tensor | None, empty: bool, training_step: Callable[..., Any]) -> bool:
         """Average gradients where some process has no backward that does so; return whether there are some.
+
+        Args:
+            loss: of this process's samples.
+            empty: it has none.
+            training_step: as the loop calls it.
 
         Raises:
             MisconfigurationException: a process has left its batch out, and the others would wait for it.
@@ -86,11 +98,19 @@ class Agreement:
                 f"training_step returned None on rank {self.trainer.global_rank} (batch {self.trainer.batch_idx}): "
                 "the other processes wait for its gradients. Return a loss that is zero, such as 0.0 * loss."
             )
+        takes_part = empty and self.trainer.strategy.sharded
+        if takes_part:
+            self.trainer.update.backward(train_along(self.trainer, training_step, self.trainer.batch_idx))
         if self._by_hand:
             self.trainer.strategy.sync_by_hand()
-        return self._by_hand
+        return self._by_hand or takes_part
 
     # ---- decisions
+    @property
+    def carried(self) -> bool:
+        """Whether gradients carry what is wished; else the processes ask each other at log points."""
+        return self.wishes.carried and self.trainer.module.automatic_optimization
+
     def step(self) -> None:
         """Hear what was wished with the gradients of this update."""
         heard = self.wishes.heard()
@@ -144,7 +164,7 @@ class Agreement:
             elif wished > 0:
                 self._due.add(name)
         if stop > 0:
-            self.stop = self.trainer.should_stop = True
+            self.should_stop = self.trainer.should_stop = True
         if any(signals) and self.signal is None:
             self.signal = next(number for number, wished in zip(NOTED, signals, strict=True) if wished > 0)
             leave_after_rank_zero()

@@ -149,6 +149,20 @@ def validation_interval(value: Any, every_n_epoch: int | None) -> float | timede
     return interval
 
 
+def watching(name: str, value: Any) -> bool | float | None:
+    """Return watchdog: whether to, None for the default, or seconds."""
+    if value is None or isinstance(value, bool):
+        return value
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if not isinstance(seconds, (int, float)):
+        raise WrongTypeException(f"{name} must be True, False, None, seconds or a timedelta. Received: {value!r}.")
+    if not 0 < seconds < math.inf:
+        raise MisconfigurationException(
+            f"{name} must be a number of seconds above 0; False turns it off. Received: {value!r}."
+        )
+    return float(seconds)
+
+
 def duration(name: str, value: Any) -> timedelta | None:
     """Return max_time as a timedelta."""
     return None if value is None else parse_duration(value, argument=name)
@@ -204,6 +218,7 @@ SETTINGS: dict[str, Check] = {
     "use_distributed_sampler": flag,
     "keep_batch": lambda name, value: choice(name, "all" if value is None else value, ("all", "each")),
     "enable_autolog_hparams": flag,
+    "watchdog": watching,
     "default_root_dir": folder,
 }
 """The settings that are checked by themselves and become attributes of the Trainer."""

@@ -23,7 +23,7 @@ from trainkit.loggers import DummyLogger, FileLogger, Logger, TensorBoardLogger
 from trainkit.module import Module
 from trainkit.precision import Precision, precision_of
 from trainkit.profiler import PROFILERS, PassThroughProfiler, Profiler
-from trainkit.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
+from trainkit.strategies import DDPStrategy, FSDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
 from trainkit.world import World
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ DDP_NAMES: dict[str, dict[str, Any]] = {
         ("_find_unused_parameters_true", {"find_unused_parameters": True}),
     )
 }
+FSDP_NAMES: dict[str, dict[str, Any]] = {"fsdp": {}, "fsdp_cpu_offload": {"cpu_offload": True}}
 
 
 class Parts:
@@ -74,6 +75,12 @@ class Parts:
                 f"precision={given['precision']!r} and plugins={given['plugins']!r} both say the precision. Give one."
             )
         self.precision: Precision = plugins.get("precision") or precision_of(given["precision"])
+        self.strategy.precision_plugin = self.precision
+        if trainer.channels_last and self.strategy.sharded:
+            raise MisconfigurationException(
+                f"channels_last=True lays whole parameters, and {type(self.strategy).__name__} gives each process a "
+                "piece of them. Leave one of the two out."
+            )
         self.checkpoint_io: CheckpointIO = plugins.get("checkpoint_io") or CheckpointIO()
         self.compiler = compiler_of(trainer.compile, self.strategy.device)
         self.graphs = graphs_of(trainer.compile, self.strategy.device)
@@ -135,11 +142,15 @@ def strategy_of(given: str | Strategy, devices: list[torch.device], world: World
         raise MisconfigurationException(
             f"strategy='single_device' is for one process, and there are {world.size}. Use strategy='ddp' or 'auto'."
         )
+    if isinstance(given, str) and given in FSDP_NAMES:
+        fsdp = FSDPStrategy(device=device, world=world, **FSDP_NAMES[given])
+        fsdp.devices = devices
+        return fsdp
     settings = DDP_NAMES.get("ddp" if given == "auto" else given) if isinstance(given, str) else None
     if settings is None:
         raise MisconfigurationException(
-            f"strategy must be one of 'auto', 'single_device', {', '.join(map(repr, STARTS))}, or a Strategy object. "
-            f"Received: {given!r}."
+            f"strategy must be one of 'auto', 'single_device', {', '.join(map(repr, (*STARTS, *FSDP_NAMES)))}, or a "
+            f"Strategy object. Received: {given!r}."
         )
     strategy = DDPStrategy(device=device, world=world, **settings)
     strategy.devices = devices

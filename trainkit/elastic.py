@@ -60,6 +60,22 @@ def agent() -> str:
 
 
 # ---------------------------------------------------------------- a run begins
+def read_checkpoint(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str) -> None:
+    """Read the checkpoint that a run begins from, and let the loggers go on where it was written.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or none that can be read.
+    """
+    trainer.checkpoint, trainer.resume_path, trainer.resumed_by_name = None, None, False
+    path = resolve(trainer, ckpt_path, stage)
+    if path is None:
+        return
+    trainer.checkpoint, trainer.resume_path = restore.load(trainer, path), str(path)
+    trainer.resumed_by_name = str(ckpt_path) not in ("last", "best", "None") and trainer.restarted_in is None
+    if stage == "fit":
+        continue_loggers(trainer, trainer.checkpoint, path)
+
+
 def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str) -> str | PathLike[str] | None:
     """Return the checkpoint that a run begins from: its own newest one if it is started again, else what is named.
 

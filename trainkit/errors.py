@@ -10,6 +10,7 @@ RuntimeError
     NoCheckpointError           there is none of that name; also a FileNotFoundError and a ValueError
     CheckpointExistsError       there is one of that name, and it is not to be replaced; also a FileExistsError
     IncompleteCheckpointError   it has weights, and nothing to resume a run from; also a KeyError
+  MissingRankError              processes waited too long for one that did not come; also a TimeoutError
 ArithmeticError
   NonFiniteError                nan_policy: a loss or a gradient is not finite; a FloatingPointError
 Exception
@@ -61,6 +62,21 @@ class IncompleteCheckpointError(CheckpointError, KeyError):
     """Tell what a checkpoint lacks that a run needs to go on from it."""
 
     __str__ = Exception.__str__  # that of KeyError puts the message in quotes
+
+
+class MissingRankError(RuntimeError, TimeoutError):
+    """Tell which process the others waited for in vain, and what it was doing.
+
+    Attributes:
+        ranks: those that were missing.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = list(ranks)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.ranks)
 
 
 class NonFiniteError(FloatingPointError):

@@ -21,6 +21,9 @@ def evaluation_mode(trainer: Trainer, stage: str) -> Iterator[None]:
     module, before = trainer.module, trainer.state.stage
     modes = [(part, part.training) for part in module.modules()]
     use_inference_mode = trainer.inference_mode and trainer.state.fn != TrainerFn.FITTING
+    use_inference_mode = use_inference_mode and not trainer.strategy.sharded  # what is gathered is used again to train
+    trainer.strategy.be_patient()
+    trainer.evaluation_idx = -1
     if before == RunningStage.TRAINING:
         trainer.state.stage = RunningStage.VALIDATING
     if trainer.world_size > 1:  # each process has seen other batches

@@ -13,7 +13,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trainkit.checkpoint import archive, table
+from trainkit.checkpoint import archive, manifest, table
+from trainkit.checkpoint.manifest import Manifest
 from trainkit.checkpoint.table import Table
 from trainkit.errors import CheckpointError
 
@@ -28,7 +29,8 @@ trainkit inspect: {COMMANDS["inspect"]}
 
 usage: trainkit inspect FILE [FILE2 ...] [--all]
 
-Each byte of a file is compared with what was written. Nothing in it is run.
+Each byte of a file is compared with what was written. Nothing in it is run. A
+checkpoint that several processes have written is a directory; name that.
 
 options:
   --all         list every tensor of the weights, not the first ten
@@ -49,6 +51,11 @@ usage: trainkit convert IN OUT
                                 wrote, one of trainkit's, to go on from
   .ckpt, .pt    .safetensors    a file with the weights, for other programs
   .safetensors  .ckpt           a checkpoint with the weights only
+  directory     .ckpt           one file of what several processes have written
+  directory     .safetensors    its weights only
+
+No processes are needed for the last two, and little memory: what is too much
+for it waits on the disk where OUT goes, which has to have room for it twice.
 
 Files of other programs are read by torch.load(weights_only=True): what is more
 than tensors and plain values is refused, and nothing in a file is run. IN is
@@ -116,21 +123,31 @@ def _inspect(path: str, everything: bool, first: bool) -> bool:
             lines = list(_contents(found, everything))
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError):
             problem = problem or f"its {archive.TABLE} is not what trainkit writes."
-    size = _size(os.path.getsize(path)) if found is not None else ""
-    good = f"yes, every byte of {len(found.records) + 1} records ({size}) verified" if found is not None else ""
+    size = "" if found is None else _size(found.size if isinstance(found, Manifest) else os.path.getsize(path))
+    good = f"yes, every byte of {_parts(found)} ({size}) verified" if found is not None else ""
     _line("whole", f"no: {problem}" if problem else good)
     for label, text in lines:
         _line(label, text)
     return not problem
 
 
-def _looked_into(path: str) -> tuple[Table | None, str]:
+def _parts(found: Table | Manifest) -> str:
+    if isinstance(found, Manifest):
+        return f"{len(found.files) + 1} files"
+    return f"{len(found.records) + 1} records"
+
+
+def _looked_into(path: str) -> tuple[Table | Manifest | None, str]:
     """Return a file's trainkit.json, None when it can't be read, and why the file is not whole, "" when it is."""
-    found: Table | None = None
+    found: Table | Manifest | None = None
     try:
+        if manifest.is_ours(path):
+            found = manifest.read(path)
+            manifest.check(found)
+            return found, ""
         with table.opened(path) as (file, _):
-            found = table.read(file)
-            table.check(file, found)
+            found = in_file = table.read(file)
+            table.check(file, in_file)
     except CheckpointError as error:
         return found, str(error).replace(f"{path} ", "it ", 1)
     except OSError as error:
@@ -138,7 +155,7 @@ def _looked_into(path: str) -> tuple[Table | None, str]:
     return found, ""
 
 
-def _contents(found: Table, everything: bool) -> Iterator[tuple[str, str]]:
+def _contents(found: Table | Manifest, everything: bool) -> Iterator[tuple[str, str]]:
     """Yield labels and texts; a text of several lines is shown as it is."""
     state = dict(_items(found.state))
     yield "written by", " with ".join(f"{name} {version}" for name, version in found.writer.items())

@@ -19,6 +19,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from trainkit import launched
+from trainkit.checkpoint.layout import whole
 from trainkit.components import module_of
 from trainkit.environment import detect
 from trainkit.errors import warn
@@ -129,11 +130,13 @@ def work(folder: str) -> None:
     try:
         trainer, method, arguments = _inherited or pickle.loads((Path(folder) / CALL).read_bytes())
         join(trainer, world, arguments)
+        weights: dict[str, Any] | None = None
         try:
             value = getattr(trainer, method)(**arguments)
+            weights = weights_of(trainer)
         finally:
             if world.rank == 0 and trainer.model is not None:
-                kept = outcome_of(trainer)
+                kept = outcome_of(trainer, weights)
                 _leave(Path(folder) / OUTCOME, {**kept, "value": None})
         if world.rank == 0:
             _leave(Path(folder) / OUTCOME, {**kept, "value": value})
@@ -173,11 +176,24 @@ def join(trainer: Trainer, world: World, arguments: Mapping[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------- what comes back
-def outcome_of(trainer: Trainer) -> dict[str, Any]:
-    """Return what a Trainer has after a run, as things that can be sent."""
+def weights_of(trainer: Trainer) -> dict[str, Any] | None:
+    """Return the module's weights, which all processes gather where each has a piece; None where they need not."""
+    return whole(trainer.module.state_dict()) if trainer.strategy.sharded else None
+
+
+def outcome_of(trainer: Trainer, weights: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what a Trainer has after a run, as things that can be sent.
+
+    Args:
+        trainer: whose.
+        weights: those that processes have gathered; None: this process's own. Of a run that failed while each process
+            had a piece there are none.
+    """
     metrics = trainer.metrics
+    if weights is None:
+        weights = {} if trainer.strategy.sharded else trainer.module.state_dict()
     return {
-        "weights": map_tensors(lambda tensor: tensor.detach().cpu(), trainer.module.state_dict()),
+        "weights": map_tensors(lambda tensor: tensor.detach().cpu(), weights),
         "progress": trainer.progress.state_dict(),
         "published": sorted(metrics.published),
         **{name: map_tensors(lambda tensor: tensor.detach().cpu(), getattr(metrics, name)) for name in SEEN},
@@ -208,7 +224,8 @@ def take_over(trainer: Trainer, method: str, arguments: Mapping[str, Any], outco
     """Give a Trainer what rank 0's had after the run."""
     module = arguments.get("model")
     trainer.module = module_of(getattr(trainer, "module", None) if module is None else module, method)
-    take_weights(trainer.module, outcome["weights"])
+    if outcome["weights"]:
+        take_weights(trainer.module, outcome["weights"])
     trainer.progress.load_state_dict(outcome["progress"])
     trainer.metrics = Metrics(trainer.module, has_logger=bool(trainer.loggers))
     for name in SEEN:

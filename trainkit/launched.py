@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from trainkit.errors import MissingRankError
 from trainkit.rank_zero import rank_zero_only
 from trainkit.signals import Interruption
 from trainkit.world import World
@@ -155,14 +156,18 @@ def _first_time(error: BaseException, now: float) -> float:
 
 def is_lost(error: BaseException | None) -> bool:
     """Whether an exception is a lost connection to another process, whose own error is the cause."""
-    if error is None:
+    if isinstance(error, MissingRankError):
         return False
     from torch.distributed import DistBackendError, DistNetworkError
 
-    if isinstance(error, (DistBackendError, DistNetworkError)):
-        return True
-    about = isinstance(error, (RuntimeError, ConnectionError)) and any(text in str(error) for text in LOST)
-    return about or is_lost(error.__cause__)
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:  # torch's compiler makes errors that are their own cause
+        about = isinstance(error, (RuntimeError, ConnectionError)) and any(text in str(error) for text in LOST)
+        if about or isinstance(error, (DistBackendError, DistNetworkError)):
+            return True
+        seen.append(error)
+        error = error.__cause__
+    return False
 
 
 Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
@@ -210,6 +215,10 @@ class RankLog:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
+        recorded: Any = getattr(warnings, "_showwarnmsg_impl", None)
+        if file is None and recorded is not None and getattr(recorded, "__module__", None) != "warnings":
+            recorded(warnings.WarningMessage(message, category, filename, lineno, file, line))  # as by catch_warnings
+            return
         text = warnings.formatwarning(message, category, filename, lineno, line)
         if file is not None:
             file.write(text)

@@ -14,6 +14,7 @@ from trainkit.errors import MisconfigurationException, warn
 from trainkit.evaluation_mode import evaluation_mode
 from trainkit.hooks import nobody
 from trainkit.metrics import TRAIN_BATCH
+from trainkit.taking_part import accompanied
 from trainkit.timing import FOLD
 from trainkit.undo import CutShort, Undo
 
@@ -31,7 +32,9 @@ def fit(trainer: Trainer) -> None:
     module, progress, sources, metrics = trainer.module, trainer.progress, trainer.sources, trainer.metrics
     hooks, optimizers, schedules, timing = trainer.hooks, trainer.optimizers, trainer.schedules, trainer.timing
     agreement = trainer.agreement  # None: a run in one process
+    decided = trainer if agreement is None else agreement  # whose should_stop all processes know
     training_step = trainer.wrapped_step("training_step")  # in float32 on one device: the method itself
+    told = agreement is not None and agreement.carried  # with the gradients, and not at log points
     transfer, update, automatic = trainer.transfer, trainer.update, module.automatic_optimization
     backward, zero_grad, clip = update.backward, update.zero_grad, update.clip  # None: nothing that is not here
     needs_grad, replay = not update.own_backward, update.replay(training_step, loss_of)
@@ -43,7 +46,7 @@ def fit(trainer: Trainer) -> None:
     timing.begin()
     trainer.switches.begin(module, (trainer.checkpoint or {}).get("switched", {}))  # what is frozen from here on
     while not trainer.done:
-        start, gradients = progress.batch, False
+        start, gradients, empty = progress.batch, False, False
         is_last = True  # until a batch says otherwise: a resumed epoch may have none left
         if start == 0:  # else: resumed inside this epoch
             sources.reload_if_due()
@@ -104,7 +107,7 @@ def fit(trainer: Trainer) -> None:
                 if replay is not None:
                     replay.remember(batch, batch_idx)
             if agreement is not None and automatic:
-                gradients |= agreement.end_batch(loss, empty)
+                gradients |= agreement.end_batch(loss, empty, training_step)
             computed = now()
 
             # Update the weights.
@@ -136,13 +139,13 @@ def fit(trainer: Trainer) -> None:
             progress.step += stepped  # a held float16 update counts, too, as in Lightning
             if is_last and automatic:
                 schedules.move(schedules.by_epoch, progress.epoch + 1)
-            if agreement is not None and window_ends and automatic:
+            if agreement is not None and told and window_ends:
                 agreement.step()  # from here on all processes know what each of them wants
             if hooks.on_train_batch_end is not nobody:
                 hooks.on_train_batch_end(outputs_of(output, loss), batch, batch_idx)
-            if window_ends and (progress.window % log_every == 0 or trainer.stop_wanted):
+            if window_ends and (progress.window % log_every == 0 or decided.should_stop):
                 trainer.log_point()
-                if agreement is not None and not automatic:
+                if agreement is not None and not told:
                     agreement.now()
             lap((left, arrived, ready, computed, updated, now()))
             if validates and trainer.validation_due(is_last) and not validate(trainer, is_last, window_ends):
@@ -161,7 +164,8 @@ def fit(trainer: Trainer) -> None:
 
         # A limit inside an epoch ends it early; a signal leaves it open.
         if is_last or (trainer.at_limit and not progress.validating):
-            metrics.end_batches()
+            metrics.end_batches(empty and progress.batch == 1)
+            trainer.strategy.be_patient()  # what an epoch's end does, one process may do alone
             metrics.x = max(progress.window - 1, 0)  # that of the epoch's last row
             hooks.on_train_epoch_end()
             if is_last and automatic:
@@ -234,10 +238,13 @@ def evaluate(trainer: Trainer, stage: str, loaders: list[Batches], undo: Undo | 
         hooks.epoch_start()
         for dataloader_idx, loader in enumerate(loaders):
             evaluated, batch_idx = metrics.begin_loader(dataloader_idx, step_name), -1
-            for batch_idx, batch, is_last in trainer.sources.epoch(loader, trainer.progress.epoch):
+            batches = trainer.sources.epoch(loader, trainer.progress.epoch)
+            if trainer.strategy.sharded:  # all take part in each step, also those whose batches are over
+                batches = accompanied(trainer, loader, batches, step, dataloader_idx)
+            for batch_idx, batch, is_last in batches:
                 if undo is not None and interruption.signal is not None and undo.possible():
                     raise CutShort(undo)
-                trainer.is_last_batch = is_last
+                trainer.is_last_batch, trainer.evaluation_idx = is_last, batch_idx
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)
                 if batch_idx == 0:
@@ -274,8 +281,11 @@ def predict(trainer: Trainer, loaders: list[Batches], keep: bool) -> list[Any] |
         hooks.epoch_start()
         metrics.hook = "predict_step"
         for dataloader_idx, loader in enumerate(loaders):
-            for batch_idx, batch, is_last in trainer.sources.epoch(loader, trainer.progress.epoch):
-                trainer.is_last_batch = is_last
+            batches = trainer.sources.epoch(loader, trainer.progress.epoch)
+            if trainer.strategy.sharded:
+                batches = accompanied(trainer, loader, batches, step, dataloader_idx)
+            for batch_idx, batch, is_last in batches:
+                trainer.is_last_batch, trainer.evaluation_idx = is_last, batch_idx
                 if transfer is not None:
                     batch = transfer(batch, dataloader_idx)
                 if batch_idx == 0:

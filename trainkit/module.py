@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -16,8 +17,10 @@ from trainkit.export import Exports, scriptable
 from trainkit.hparams import HyperParameters, class_only
 from trainkit.log import Logs
 from trainkit.moving import tensors_on_device
+from trainkit.pieces import copy_parts
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from trainkit.loggers import Logger
@@ -48,8 +51,8 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
     fabric: None = None
     """Always None: there is no Fabric here. Lightning code asks for it to see which of the two runs it."""
 
-    device_mesh: Any = None
-    """The device mesh of a strategy that has one, None otherwise."""
+    device_mesh: DeviceMesh | Any = None
+    """How the run's processes are arranged, for `configure_model`, where a strategy spreads parameters; else None."""
 
     CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "hparams_name"
@@ -292,10 +295,21 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
         rebuilt: Self = rebuild_module(cls, checkpoint_path, map_location, hparams_file, strict, kwargs)
         return rebuilt
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        copy_parts(self, memo)
+        made.__setstate__(  # type: ignore[no-untyped-call]
+            copy.deepcopy(self.__getstate__(), memo)
+        )
+        return made
+
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state.pop("_trainer", None)  # a copy or a pickle of a module is not part of the run
         state.pop("_run_metrics", None)
+        state.pop("device_mesh", None)
+        if state.pop("_fsdp_root", None) is not None:
+            state.pop("forward", None)
         return state
 
     # ---------------------------------------------------------------- override points of the update

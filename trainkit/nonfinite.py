@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from trainkit.data.position import position_of
 from trainkit.errors import NonFiniteError
+from trainkit.pieces import local
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -248,6 +249,7 @@ class HostGuard(Guard):
         parameters = self.watched(optimizers)
         values = [(batch_idx, seen(loss)) for batch_idx, loss in self.losses]
         fine = all(value - value == 0 for _, value in values) and self._look([p.grad for p in parameters])
+        fine = self._everywhere(fine)
         if fine:
             self.trainer.progress.skipped_in_a_row = 0
         else:
@@ -259,13 +261,19 @@ class HostGuard(Guard):
         return fine
 
     def all_finite(self, tensors: list[Tensor]) -> bool:
-        return self._look([tensor.clone() for tensor in tensors])
+        return self._everywhere(self._look([tensor.clone() for tensor in tensors]))
+
+    def _everywhere(self, fine: bool) -> bool:
+        """Whether all processes say so, where each has a piece of the gradients; else all have the same."""
+        strategy = self.trainer.strategy
+        return strategy.reduce_boolean_decision(fine) if strategy.sharded else fine
 
     def _look(self, tensors: list[Any]) -> bool:
         """Whether all numbers are finite. One pass over all of them, which multiplies them by one."""
         if not tensors:
             return True
         self._flagged[0] = 0
+        tensors = [local(tensor) for tensor in tensors]
         try:
             torch._amp_foreach_non_finite_check_and_unscale_(tensors, self._flag, self._one)
         except RuntimeError:  # sparse or complex
@@ -309,7 +317,7 @@ class DeviceGuard(Guard):
         optimizers = list(optimizers)
         progress, parameters = self.trainer.progress, self.watched(optimizers)
         finite = self._finite([p.grad for p in parameters if p.grad is not None])
-        bad = ~(finite.all() & self._finite([loss for _, loss in self.losses]).all())
+        bad = ~self._everywhere(finite.all() & self._finite([loss for _, loss in self.losses]).all())
         self._hold = bad | self._hold if self.raises else bad
         for buffer, before in zip(self.buffers, self.kept, strict=True):
             buffer.copy_(torch.where(self._hold.to(buffer.device), before, buffer))
@@ -322,6 +330,11 @@ class DeviceGuard(Guard):
         if read:  # what is known on the host is not begun
             self.settle()
         return not read or not self._last_was_held
+
+    def _everywhere(self, fine: Tensor) -> Tensor:
+        """Whether all processes say so, where each has a piece of the gradients; else all have the same."""
+        strategy = self.trainer.strategy
+        return strategy.all_reduce(fine.float(), "min") > 0 if strategy.sharded else fine
 
     def plain_step(self, optimizer: Optimizer, closure: Step | None, **options: Any) -> bool:
         before = Snapshot(optimizer)
@@ -336,7 +349,10 @@ class DeviceGuard(Guard):
         """Return whether all of each tensor is finite, as one tensor on the device."""
         if not tensors:
             return torch.ones(1, dtype=torch.bool, device=self._hold.device)
-        largest = torch._foreach_norm([values_of(tensor) for tensor in tensors], float("inf"))
+        values = [values_of(tensor) for tensor in tensors]  # a process may have nothing of a small one
+        largest = torch._foreach_norm(
+            [v if v.numel() else self._hold.new_zeros(1, dtype=v.dtype) for v in values], float("inf")
+        )
         return torch.stack([norm.to(self._hold.device).double() for norm in largest]).isfinite()
 
     def settle(self) -> None:
@@ -368,7 +384,7 @@ class Snapshot:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self.weights = [parameter.detach().clone() for parameter in self.parameters]
+        self.weights = [local(parameter.detach()).clone() for parameter in self.parameters]
         self.state = {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
 
     def now(self) -> list[Tensor]:
@@ -379,7 +395,7 @@ class Snapshot:
     def put_back(self) -> None:
         """Come back to them."""
         for parameter, before in zip(self.parameters, self.weights, strict=True):
-            parameter.copy_(before)
+            local(parameter).copy_(before)
         self.optimizer.state.clear()
         self.optimizer.state.update(self.state)
 
@@ -389,7 +405,7 @@ class Snapshot:
 
         State that is new comes back to zero.
         """
-        for parameter, before in zip(self.parameters, self.weights, strict=True):
+        for parameter, before in zip(map(local, self.parameters), self.weights, strict=True):
             parameter.copy_(torch.where(hold.to(parameter.device), before, parameter))
         counted = []
         for parameter, state in self.optimizer.state.items():
@@ -397,7 +413,7 @@ class Snapshot:
             for name, value in state.items():
                 if not isinstance(value, Tensor):
                     continue
-                before = earlier[name] if name in earlier else torch.zeros_like(value)
+                value, before = local(value), local(earlier[name] if name in earlier else torch.zeros_like(value))
                 if is_on_another_side(value, hold):
                     counted.append((value, value - before))
                 else:
@@ -412,6 +428,7 @@ def is_on_another_side(value: Tensor, flag: Tensor) -> bool:
 
 def values_of(tensor: Tensor) -> Tensor:
     """Return the numbers in a tensor as a dense real one."""
+    tensor = local(tensor)
     values: Tensor = tensor._values() if tensor.is_sparse else tensor
     return torch.view_as_real(values) if values.is_complex() else values
 

@@ -36,6 +36,7 @@ from trainkit.signals import Interrupted
 from trainkit.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainkit.timing import timing_of
 from trainkit.update import StepOptimizer, Update
+from trainkit.watchdog import watching
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -66,11 +67,12 @@ def running(
         data = [trainer.datamodule] if trainer.datamodule is not None else []
         status = "failed"
         try:
-            start(trainer, fn, data, ckpt_path)
-            yield
-            trainer.strategy.teardown(trainer.module)
-            if fn == TrainerFn.FITTING:
-                trainer.hooks.on_fit_end()
+            with watching(trainer):
+                start(trainer, fn, data, ckpt_path)
+                yield
+                trainer.strategy.teardown(trainer.module)
+                if fn == TrainerFn.FITTING:
+                    trainer.hooks.on_fit_end()
             status = "success"
             trainer.state.status = TrainerStatus.FINISHED
         except SearchOver:
@@ -157,7 +159,7 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     for part in data:
         prepare_data(trainer, "LightningDataModule", part)
     prepare_data(trainer, "LightningModule", module)
-    trainer.read_checkpoint(ckpt_path, stage)
+    elastic.read_checkpoint(trainer, ckpt_path, stage)
     if fitting:
         components.claim_directories(trainer.loggers, trainer.strategy)
         elastic.note(trainer)
@@ -167,15 +169,19 @@ def start(trainer: Trainer, fn: TrainerFn, data: list[DataModule], ckpt_path: st
     for part in data:
         recorded(trainer, "LightningDataModule", part, "setup")(stage)
     hooks.setup(stage)
+    trainer.strategy.begin(module)
     if is_overridden(module, "configure_model"):
         with trainer.init_module():
             recorded(trainer, "LightningModule", module, "configure_model")()
     trainer.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones must not pass float32
-    if trainer.checkpoint is not None:
+    after_setup = trainer.strategy.sharded  # each process takes its piece, when it is known what that is
+    if trainer.checkpoint is not None and not after_setup:
         restore.restore_weights(trainer, trainer.checkpoint, Path(trainer.resume_path or ""))
     if fitting:
         trainer.sources.muster()
     trainer.strategy.setup(module)
+    if trainer.checkpoint is not None and after_setup:
+        restore.restore_weights(trainer, trainer.checkpoint, Path(trainer.resume_path or ""))
     trainer.transfer = transfer_of(trainer.strategy, module, trainer.datamodule)
     if trainer.channels_last:
         channels_last.lay(module, (), channels_last.channels_last)
@@ -225,6 +231,7 @@ def configure_optimizers(trainer: Trainer) -> None:
         elif not is_overridden(trainer.module, "optimizer_step"):
             names = [f"[LightningModule]{type(trainer.module).__name__}.optimizer_step", *names]
         trainer.actions.watch(trainer.optimizers, *names)
+    trainer.strategy.optimizers_made(trainer.optimizers)
     trainer.watches = choose_fused(trainer) if trainer.fused_optimizers else []
     trainer.schedules = Schedules(trainer.lr_scheduler_configs, trainer)
     trainer.step_optimizers = [StepOptimizer(optimizer, trainer) for optimizer in trainer.optimizers]

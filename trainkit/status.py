@@ -97,6 +97,8 @@ class Status:
     max_time: timedelta | None
     should_stop: bool
     batch_idx: int
+    evaluation_idx: int
+    watchdog: bool | float | None
     is_last_batch: bool
     max_epochs: int | None
     accumulate_grad_batches: int
@@ -178,14 +180,14 @@ class Status:
     @property
     def stop_wanted(self) -> bool:
         """Whether `should_stop` is set; with several processes, where all of them know of it."""
-        return self.should_stop if self.agreement is None else self.agreement.stop
+        return self.should_stop if self.agreement is None else self.agreement.should_stop
 
     @property
     def at_limit(self) -> bool:
         """Whether this batch is the run's last by its own settings: a step limit, or `should_stop`."""
         if 0 <= self.max_steps <= self.progress.step:
             return True
-        return (self.should_stop if self.agreement is None else self.agreement.stop) and self._may_stop()
+        return (self.should_stop if self.agreement is None else self.agreement.should_stop) and self._may_stop()
 
     def _may_stop(self) -> bool:
         """Whether min_epochs and min_steps are reached, so that `should_stop` is honoured."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from trainkit.pieces import class_of
 from trainkit.random import isolated_random
 from trainkit.tree import map_tensors
 
@@ -51,7 +52,7 @@ class LayerSummary:
     @property
     def layer_type(self) -> str:
         """The name of its class."""
-        return type(self.module).__name__
+        return class_of(self.module).__name__
 
     @property
     def num_parameters(self) -> int:
@@ -132,7 +133,7 @@ class ModelSummary:
             for part, training in modes:
                 part.training = training
         counts = counter.get_flop_counts()
-        root = type(model).__name__
+        root = class_of(model).__name__
         self.total_flops = int(counter.get_total_flops())
         self.flop_counts = {name: dict(counts.get(f"{root}.{name}", {})) for name in self.layers}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from trainkit import arguments, components, elastic, launch, loop, slurm
+from trainkit import arguments, components, launch, loop, slurm
 from trainkit.accelerators import Accelerator
 from trainkit.advice import Report, report
 from trainkit.callback import Callback
@@ -24,7 +24,6 @@ from trainkit.checkpoint.background import Background
 from trainkit.data.sources import Clock, Sources
 from trainkit.data.transfer import Transfer, check_device
 from trainkit.datamodule import DataModule
-from trainkit.empty_init import EmptyInit
 from trainkit.errors import MisconfigurationException, NoCheckpointError, warn
 from trainkit.fused import Watch
 from trainkit.hooks import is_overridden
@@ -113,11 +112,12 @@ class Trainer(Status):
         barebones: turn off everything that could cost time (loggers, checkpoints, progress bar, summary, sanity check,
             `log`), to measure the loop alone.
         plugins: a Precision, a CheckpointIO, or both.
-        sync_batchnorm: share batch statistics between processes; a run has one.
-        use_distributed_sampler: let each process see its part of the data; a run has one process.
-        keep_batch: what stays when a run goes on with another number of processes: "all" (default): how many samples
-            all of them take at once; "each": how many each of them takes.
+        sync_batchnorm: share batch statistics between processes; on accelerators.
+        use_distributed_sampler: deal the data out to the processes; False: each has data of its own.
+        keep_batch: whose batch stays as large when a run goes on with another number of processes: "all", or "each".
         enable_autolog_hparams: tell the loggers the hyperparameters when fit begins (default True).
+        watchdog: say who waits for whom when a step takes ten times as long as usual, and at least so many seconds;
+            True: 30 s, None: True for several processes only. See docs/scale.md.
         model_registry: must be None; there is no model registry here.
 
     Every argument can also come from the environment: PL_TRAINER_MAX_EPOCHS=3 is max_epochs=3.
@@ -180,6 +180,7 @@ class Trainer(Status):
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True,
+        watchdog: bool | float | timedelta | None = None,
         model_registry: None = None,
     ) -> None:
         for name, value in arguments.checked(locals()).items():
@@ -209,7 +210,7 @@ class Trainer(Status):
         self.restarted_in: list[str | None] | None = None  # the loggers' directories, when torchrun starts a run again
         self.should_stop = False
         """Set it to end the run after this batch."""
-        self.batch_idx = -1
+        self.batch_idx = self.evaluation_idx = -1
         self.is_last_batch = False
         self.optimizers: list[Optimizer] = []
         self.step_optimizers: list[StepOptimizer] = []
@@ -221,6 +222,7 @@ class Trainer(Status):
         self.datamodule: DataModule | None = None
         self.transfer: Transfer | None = None
         self.sources = Sources(self, {})
+        self.resumed_by_name = False
         self.checkpoint: dict[str, Any] | None = None
         """The contents of the checkpoint that this run begins from."""
         self.ckpt_strict = True
@@ -231,6 +233,8 @@ class Trainer(Status):
         """What the last fit began with, as its checkpoints say it."""
         self.weights_before: dict[str, Any] | None = None
         """Those of the module before a checkpoint's, until all of that one fits."""
+        self.weights_finite: tuple[int, bool] | None = None
+        """A step, and whether the weights were numbers then in all processes."""
         self.predictions: list[Any] = []
         self._given_ckpt_path: str | os.PathLike[str] | None = None
         self._since_validation = Clock()
@@ -447,9 +451,11 @@ class Trainer(Status):
         """Make modules inside this block on the run's device and in its precision.
 
         Args:
-            empty_init: True leaves parameters uninitialised, for weights that are loaded next.
+            empty_init: True leaves parameters uninitialised, for weights that are loaded next. With strategies that
+                spread parameters over processes they have no memory until the run begins, and get their first values
+                then, by each part's `reset_parameters`.
         """
-        with self.device, self.precision_plugin.init_context(), EmptyInit() if empty_init else nullcontext():
+        with self.strategy.init_context(empty_init), self.precision_plugin.init_context():
             yield
 
     def leave_if_interrupted(self) -> None:
@@ -482,20 +488,10 @@ class Trainer(Status):
         if getattr(self, "module", None) is None:
             raise AttributeError("save_checkpoint needs a module: call it during or after fit.")
         began = time.monotonic()
+        self.strategy.be_patient()
         with self.profiler.profile("save_checkpoint"):
             saving.save(self, filepath, bool(weights_only), storage_options, overwrite)
         self.interruption.saved_in(time.monotonic() - began)
-
-    def read_checkpoint(self, ckpt_path: str | os.PathLike[str] | None, stage: str) -> None:
-        """Read the checkpoint that `ckpt_path` means, and let the loggers go on where it was written."""
-        self.checkpoint, self.resume_path, self.resumed_by_name = None, None, False
-        path = elastic.resolve(self, ckpt_path, stage)
-        if path is None:
-            return
-        self.checkpoint, self.resume_path = self.checkpoint_io.load_checkpoint(path), str(path)
-        self.resumed_by_name = str(ckpt_path) not in ("last", "best", "None") and self.restarted_in is None
-        if stage == "fit":
-            elastic.continue_loggers(self, self.checkpoint, path)
 
     def _named_checkpoint(self, ckpt_path: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
         """Return the checkpoint that a call names, or the one `trainer.ckpt_path` was set to, which a call ends."""

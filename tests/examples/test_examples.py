@@ -29,6 +29,7 @@ FILES = sorted(path.stem for path in (CHECKOUT / "examples").glob("*.py"))
 SMALL = {
     "cartpole": ["--model.games", "4"],
     "char_transformer": ["--model.width", "8", "--model.layers", "1"],
+    "spread_transformer": ["--model.width", "16", "--model.layers", "1"],
     "finetuning": ["--trainer.callbacks.unfreeze_backbone_at_epoch", "1", "--trainer.max_epochs", "2"],
     "streaming": ["--data.num_workers", "1"],
 }
@@ -132,6 +133,50 @@ def test_the_transformer_beats_the_letters_frequencies_soon(load: Load) -> None:
     letters = data.train.bincount(minlength=128).float().add(1)
     expected = -(letters / letters.sum()).log2()[data.held_back].mean()
     assert got["val/bits"] < expected - 0.5
+
+
+SPREAD = """
+import os, runpy, sys
+
+checkout, *way = sys.argv[1:]
+sys.path.insert(0, checkout)
+import torch, trainkit
+from trainkit import Trainer
+from trainkit.cli import main
+
+torch.set_num_threads(1)
+if way[0] == "--strategy":
+    less = {"max_steps": 3, "limit_val_batches": 2, "val_check_interval": 3, "accelerator": "cpu", "logger": False}
+    trainkit.Trainer = lambda **options: Trainer(**(options | less))
+    sys.argv[1:] = way
+    script = os.path.join(checkout, "examples", "spread_transformer.py")
+    trainer = runpy.run_path(script, run_name="__main__")["trainer"]
+    print("bits", float(trainer.callback_metrics["val/bits"]), type(trainer.strategy).__name__)
+else:
+    limits = {"max_steps": 3, "limit_val_batches": 2, "val_check_interval": 3, "accelerator": "cpu", "logger": "false"}
+    options = [f"--trainer.{name}={value}" for name, value in limits.items()]
+    config = os.path.join(checkout, "configs", "spread_transformer.yaml")
+    main(["fit", "--config", config, *options, "--data.batch_size=16", *way])
+"""
+
+
+def test_one_transformer_learns_the_same_under_ddp_fsdp_and_tensor_parallelism(
+    processes: Callable[..., list[Any]],
+) -> None:
+    found = {}
+    for way in ("ddp", "fsdp", "tp"):
+        ranks = processes(2, SPREAD, CHECKOUT, "--strategy", way)
+        said = [re.findall(r"bits ([0-9.]+) (\w+)", rank.out)[-1] for rank in ranks]
+        assert said[0] == said[1]
+        found[said[0][1]] = float(said[0][0])
+    assert list(found) == ["DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"]
+    assert max(found.values()) - min(found.values()) < 1e-4
+
+
+def test_a_config_spreads_the_transformer_by_the_name_of_a_strategy(processes: Callable[..., list[Any]]) -> None:
+    for way in ("--trainer.strategy=fsdp", "--trainer.strategy.class_path=ModelParallelStrategy"):
+        first, _ = processes(2, SPREAD, CHECKOUT, way)
+        assert re.search(r"done epochs=\d step=3", first.out)
 
 
 def test_the_gan_steps_both_optimizers_in_each_batch_and_comes_nearer_to_the_digits(load: Load) -> None:

@@ -25,6 +25,9 @@ class Background:
         self._done: Done | None = None
         self._result: Any = None
         self._error: BaseException | None = None
+        self.joint = False
+        """Whether it is one of several processes' work on one thing: they settle it at the same place, not when each
+        of them is ready."""
 
     @property
     def busy(self) -> bool:
@@ -34,7 +37,7 @@ class Background:
     @property
     def finished(self) -> bool:
         """Whether something is over and can be settled without waiting."""
-        return self._over is not None and self._over.is_set()
+        return self._over is not None and self._over.is_set() and not self.joint
 
     def submit(self, work: Callable[[], Any], done: Done) -> None:
         """Begin something, after what was begun before is settled.

@@ -31,13 +31,18 @@ from trainkit.errors import CheckpointError, CheckpointExistsError
 TEMPORARY = ".trainkit-"
 """How a hidden file's name begins; the writer's machine, its process and eight random digits follow."""
 
+MANIFEST = "trainkit.json"
+"""What says what is in a directory that is one checkpoint."""
+
 _NO_LINKS = (errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _NO_FLAGS = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
 _CHUNK = 1 << 20
 _AT_FDCWD = -100
-_RENAME_NOREPLACE = 1
-_writing: set[str] = set()
-"""Names of the hidden files this process is writing: they have its number, as those of a dead one with that number."""
+_RENAME_NOREPLACE, _RENAME_EXCHANGE = 1, 2
+_NO_PLACE = (errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST)
+writing: set[str] = set()
+"""Names of the hidden files and directories this process is writing: they have its number, as those of a dead one with
+that number."""
 
 StrPath = str | os.PathLike[str]
 
@@ -61,17 +66,17 @@ def publish(path: StrPath, write: Callable[[BinaryIO], None], replace: bool = Tr
     directory = os.path.dirname(target) or "."
     make_directory(directory)
     temporary = temporary_in(directory)
-    _writing.add(os.path.basename(temporary))
+    writing.add(os.path.basename(temporary))
     try:
-        with _created(temporary) as file:
+        with created(temporary) as file:
             write(file)
-        _rename(temporary, target, replace)
+        rename(temporary, target, replace)
     except OSError as error:
-        raise _not_written(target, error) from error
+        raise not_written(target, error) from error
     finally:
         discard(temporary)  # gone already when it was renamed
-        _writing.discard(os.path.basename(temporary))
-    _sync_name(target, replace)
+        writing.discard(os.path.basename(temporary))
+    sync_name(target, replace)
 
 
 def copy(source: StrPath, path: StrPath, replace: bool = True) -> None:
@@ -95,7 +100,8 @@ def link_or_copy(source: StrPath, path: StrPath, symbolic: bool = False, replace
         source: the file just written.
         path: its second name.
         symbolic: make a symbolic link, relative to the directory; it is of no use when its target is removed. By
-            default a hard link: both names are the file. Where there are no hard links, it is copied.
+            default a hard link: both names are the file, or, of a directory, both names of each of its files. Where
+            there are no hard links, it is copied.
         replace: whether it takes the place of a file of that name.
 
     Raises:
@@ -108,19 +114,39 @@ def link_or_copy(source: StrPath, path: StrPath, symbolic: bool = False, replace
     try:
         if symbolic:
             os.symlink(os.path.relpath(origin, directory), temporary)
+        elif is_checkpoint_directory(origin):
+            writing.add(os.path.basename(temporary))
+            _link_files(origin, temporary)
         else:
             os.link(origin, temporary)
     except OSError as error:
-        if error.errno in _NO_LINKS:
+        if error.errno in _NO_LINKS and not os.path.isdir(origin):
             return copy(origin, target, replace)
-        raise _not_written(target, error) from error
+        discard(temporary)
+        raise not_written(target, error) from error
     try:
-        _rename(temporary, target, replace)
+        rename(temporary, target, replace)
     except OSError as error:
         discard(temporary)
-        raise _not_written(target, error) from error
+        raise not_written(target, error) from error
+    finally:
+        writing.discard(os.path.basename(temporary))
     discard(temporary)  # a rename between two names of one file does nothing
-    _sync_name(target, replace)
+    sync_name(target, replace)
+
+
+def _link_files(origin: str, directory: str) -> None:
+    """Make a directory with second names of all files of another one; where there are no links, with copies."""
+    os.mkdir(directory, 0o700)
+    for name in names_in(origin):
+        try:
+            os.link(os.path.join(origin, name), os.path.join(directory, name))
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with open(os.path.join(origin, name), "rb") as source, created(os.path.join(directory, name)) as file:
+                shutil.copyfileobj(source, file, _CHUNK)
+    sync(directory)
 
 
 def open_to_read(path: StrPath) -> BinaryIO:
@@ -143,7 +169,12 @@ def open_to_read(path: StrPath) -> BinaryIO:
 def remove(path: StrPath) -> bool:
     """Delete a file; return whether it is gone. A failure is a warning: too many files never end a run."""
     try:
-        os.unlink(path)
+        if is_checkpoint_directory(path) and not os.path.islink(path):
+            hidden = temporary_in(os.path.dirname(os.path.abspath(path)))
+            os.rename(path, hidden)  # at once; of what this process does not live to remove the next run knows
+            discard(hidden)
+        else:
+            os.unlink(path)
     except FileNotFoundError:
         return True
     except OSError as error:
@@ -153,6 +184,11 @@ def remove(path: StrPath) -> bool:
 
 
 # ---------------------------------------------------------------------- a directory
+def is_checkpoint_directory(path: StrPath) -> bool:
+    """Whether there is a checkpoint that several processes have written: a directory with a trainkit.json in it."""
+    return os.path.lexists(os.path.join(path, MANIFEST))
+
+
 def make_directory(path: StrPath) -> None:
     """Make a directory and those above it where they are missing, readable by their owner only.
 
@@ -167,7 +203,7 @@ def make_directory(path: StrPath) -> None:
     for directory in reversed(missing):
         try:
             os.mkdir(directory, 0o700)
-            _sync(os.path.dirname(directory))
+            sync(os.path.dirname(directory))
         except OSError as error:
             if isinstance(error, FileExistsError) and os.path.isdir(directory):
                 continue  # made by somebody else since
@@ -185,7 +221,7 @@ def prepare(path: StrPath) -> None:
     make_directory(directory)
     temporary = temporary_in(directory)
     try:
-        with _created(temporary) as file:
+        with created(temporary) as file:
             file.write(b"trainkit")
     except OSError as error:
         why = reason(error, temporary)
@@ -205,7 +241,7 @@ def sweep(directory: StrPath) -> list[str]:
         if not name.startswith(TEMPORARY) or len(writer) != 3 or writer[0] != machine() or not writer[1].isdigit():
             continue
         temporary = os.path.join(directory, name)
-        if name not in _writing and (int(writer[1]) == os.getpid() or not _alive(int(writer[1]))):
+        if name not in writing and (int(writer[1]) == os.getpid() or not _alive(int(writer[1]))):
             discard(temporary)
             removed.append(name)
     return removed
@@ -243,7 +279,7 @@ class _File:
 
 
 @contextlib.contextmanager
-def _created(path: str) -> Iterator[BinaryIO]:
+def created(path: str) -> Iterator[BinaryIO]:
     """Open a file that must not exist yet; on leaving, what was written is on the disk."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     file = _File(os.open(path, flags, 0o600))
@@ -257,16 +293,55 @@ def _created(path: str) -> Iterator[BinaryIO]:
     os.close(file.descriptor)
 
 
-def _rename(temporary: str, target: str, replace: bool) -> None:
+def rename(temporary: str, target: str, replace: bool) -> None:
     """Give a whole file its name."""
     if replace:
-        os.replace(temporary, target)
+        _replace(temporary, target)
     else:
         rename_new(temporary, target)
 
 
+def _replace(source: str, target: str) -> None:
+    """Give something a name that something else may have; what had it, if it is still there, has the other name then.
+
+    A directory, which a checkpoint of several processes is, changes its name with what has it, at once.
+    """
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        if os.path.isdir(target) and not os.path.islink(target) and not is_checkpoint_directory(target):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target) from error
+        exchange(source, target)
+
+
+def exchange(one: str, other: str) -> None:
+    """Exchange two names.
+
+    Where the system can't do it at once, there is an instant without the second; what had it is beside it then, under a
+    name that says so.
+    """
+    call = _renameat2()
+    if call is not None:
+        if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in _NO_FLAGS:
+            raise OSError(code, os.strerror(code), one, None, other)
+    root, end = os.path.splitext(other)
+    before = f"{root}-replaced{end}"
+    rename_new(other, before)
+    try:
+        os.rename(one, other)
+    except OSError:
+        os.rename(before, other)
+        raise
+    os.rename(before, one)
+
+
 def rename_new(source: str, target: str) -> None:
-    """Rename a file to a name that nobody has, or raise FileExistsError.
+    """Rename a file or a directory to a name that nobody has, or raise FileExistsError.
 
     Where the system can't do it at once, a second name is made and the first removed; where the file system has no
     links either, it is looked whether the name is free: two processes that take one name in the same instant are told
@@ -304,21 +379,22 @@ def _renameat2() -> Any:
     return call
 
 
-def _sync_name(target: str, replaced: bool) -> None:
+def sync_name(target: str, replaced: bool) -> None:
     """Put a name on the disk; one that can't be put there is taken back, if it is new."""
     try:
-        _sync(os.path.dirname(target) or ".")
+        sync(os.path.dirname(target) or ".")
     except OSError as error:
         if not replaced:
             discard(target)
-            raise _not_written(target, error) from error
+            raise not_written(target, error) from error
         raise CheckpointError(
             f"{target} was written, but may be lost if the machine loses power: its directory could not be synced, "
             f"{reason(error, target)}"
         ) from error
 
 
-def _sync(directory: str) -> None:
+def sync(directory: str) -> None:
+    """Put the names in a directory on the disk."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -350,9 +426,13 @@ def _alive(process: int) -> bool:
 
 
 def discard(path: str) -> None:
-    """Remove a file that is of no use, if it is there and can be removed."""
-    with contextlib.suppress(OSError):
+    """Remove a file or a directory that is of no use, if it is there and can be removed."""
+    try:
         os.unlink(path)
+    except IsADirectoryError:
+        shutil.rmtree(path, ignore_errors=True)
+    except OSError:
+        pass
 
 
 def names_in(directory: StrPath) -> list[str]:
@@ -364,7 +444,8 @@ def names_in(directory: StrPath) -> list[str]:
 
 
 # ---------------------------------------------------------------------- words
-def _not_written(target: str, error: OSError) -> CheckpointError:
+def not_written(target: str, error: OSError) -> CheckpointError:
+    """Return the error that says why something was not written."""
     if isinstance(error, FileExistsError):
         return CheckpointExistsError(f"{target} was not written: there is one of that name already. It is intact.")
     return CheckpointError(f"{target} was not written: {reason(error, target)} Earlier checkpoints are intact.")

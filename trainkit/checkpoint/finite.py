@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainkit.checkpoint.layout import is_spread
+
 _WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def weights_are_finite(state: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's weights, the floating-point tensors of its "state_dict", have no nan and no infinity.
 
-    A checkpoint without weights has none that are not finite.
+    A checkpoint without weights has none that are not finite. Of a tensor that is spread over processes only what this
+    one has is looked at.
     """
     bounds: dict[torch.device, list[Tensor]] = {}
     for tensor in _floating(state.get("state_dict")):
@@ -32,7 +35,7 @@ def _floating(value: Any) -> Iterator[Tensor]:
         for inner in value:
             yield from _floating(inner)
     elif isinstance(value, Tensor) and not value.is_meta:
-        tensor = value.detach()
+        tensor = value.detach().to_local() if is_spread(value) else value.detach()  # type: ignore[attr-defined]
         if tensor.layout != torch.strided:
             tensor = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor.values()
         if tensor.is_complex():

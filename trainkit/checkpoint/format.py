@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import UntypedStorage
+from torch import Tensor, UntypedStorage
 
 from trainkit import __version__
 from trainkit.checkpoint import archive, table
@@ -119,6 +119,12 @@ def _decoded(found: Table, decoder: Decoder, name: str) -> dict[str, Any]:
             f"{name} holds a {type(state).__name__}, not the dict of a checkpoint (state_dict, global_step, ...)."
         )
     return state
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the host, which must live longer than what is returned."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B") if size else memoryview(b"")
 
 
 def _bytes_of(storage: UntypedStorage) -> memoryview:

@@ -69,10 +69,16 @@ FOLLOWED = (
 """What the processes that do not write learn from the one that does."""
 
 
-def elapsed(callback: Keeper, trainer: Trainer) -> float:
-    """Return the seconds since the last save by time; where several processes agree on it, none or more than any."""
+def elapsed(callback: Keeper, trainer: Trainer, own: float) -> float:
+    """Return the seconds since the last save by time; where several processes agree on it, none or more than any.
+
+    Args:
+        callback: who saves.
+        trainer: of the run.
+        own: the seconds by this process's clock.
+    """
     if trainer.agreement is None or callback.train_time_interval is None:
-        return time.monotonic() - callback._clock
+        return own
     return math.inf if trainer.agreement.due(callback.state_key) else 0.0
 
 
@@ -94,7 +100,7 @@ def follow(callback: Keeper, seen: dict[str, Any]) -> None:
 def outcome_of(callback: Keeper, decision: Decision) -> Outcome:
     """Return the files that a decision leads to, and what follows from them."""
     trainer, files, overwrite = decision.trainer, callback._files, not callback.enable_version_counter
-    finite = not saving.not_finite(saving.floating_state(trainer.module, callback._never_finite))
+    finite = saving.is_finite(trainer, callback._never_finite)
     outcome = Outcome(trainer.global_step, finite)
     others = callback._claimed_by_others(trainer)
     if decision.ranked or decision.listed:

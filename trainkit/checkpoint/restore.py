@@ -15,7 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from trainkit.channels_last import as_saved
-from trainkit.checkpoint import changes, lightning, store
+from trainkit.checkpoint import changes, layout, lightning, manifest, store
+from trainkit.checkpoint.io import is_own
 from trainkit.errors import (
     CheckpointError,
     IncompleteCheckpointError,
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
 LAID = ("state_dict", "optimizer_states")
 """Where in a checkpoint tensors are that `channels_last` lays in another order."""
+
+
+NOT_HELD = ("optimizer_states", "ranks")
+"""Where in a checkpoint nothing is kept under the name of a module's tensor."""
 
 
 def collect(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
@@ -139,6 +144,8 @@ def restore_weights(trainer: Trainer, checkpoint: dict[str, Any], path: Path) ->
             f"{path} has only weights (optimizer_states missing): a run can't be resumed from it. "
             f"Start a new run from its weights: {type(module).__name__}.load_from_checkpoint({str(path)!r})."
         )
+    own = module.state_dict()
+    checkpoint.update({key: layout.as_held(value, own) for key, value in checkpoint.items() if key not in NOT_HELD})
     module.on_load_checkpoint(checkpoint)
     if fitting:  # given back when the rest of the checkpoint does not fit
         trainer.weights_before = copied(module.state_dict())
@@ -180,6 +187,7 @@ def _restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> No
     _check_optimizers(trainer.optimizers, checkpoint["optimizer_states"], path)
     changes.check_groups(trainer, checkpoint, path)
     changes.check(trainer, checkpoint, path, trainer.ckpt_strict)
+    checkpoint["optimizer_states"] = layout.as_stepped(checkpoint["optimizer_states"], trainer.optimizers)
     for key, part in parts.items():
         try:
             part.load_state_dict(checkpoint[key])
@@ -306,6 +314,19 @@ def _listed(what: str, keys: list[str], most: int = 10) -> list[str]:
         return []
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return [f"  {what}: {', '.join(keys[:most])}{more}"]
+
+
+def load(trainer: Trainer, path: str | PathLike[str]) -> dict[str, Any]:
+    """Return what a checkpoint holds, its tensors on the host.
+
+    Of a directory that is read where weights are spread, each process reads of these what it has, when that is known.
+    Here all its files are compared with what was written, each by one of the processes.
+    """
+    if not trainer.strategy.sharded or not is_own(trainer.checkpoint_io) or not manifest.is_ours(path):
+        return trainer.checkpoint_io.load_checkpoint(path)
+    from trainkit.checkpoint import jointly
+
+    return jointly.load(trainer, path)
 
 
 def resolve(trainer: Trainer, ckpt_path: str | PathLike[str] | None, stage: str) -> str | PathLike[str] | None:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +27,15 @@ StrPath = str | os.PathLike[str]
 def save(trainer: Trainer, path: StrPath, weights_only: bool, storage_options: Any, overwrite: bool) -> None:
     """Write a checkpoint of this moment, after what is being written in the background: `Trainer.save_checkpoint`.
 
-    Of several processes, all of which call this, rank 0 writes what all of them have.
+    Of several processes, all of which call this, rank 0 writes what all of them have, or, where the strategy says so,
+    each of them its part of a directory.
     """
     trainer.background.settle()
+    if trainer.strategy.sharded:
+        from trainkit.checkpoint import jointly
+
+        jointly.save(trainer, path, weights_only, storage_options, overwrite)
+        return
     if trainer.world_size == 1:
         save_here(trainer, path, weights_only, storage_options, overwrite)
         return
@@ -109,13 +116,17 @@ class Result:
     seconds: float = 0.0
 
 
-def run(task: Task, save_as: Callable[[str, bool, bool], None], writes_links: bool) -> Result:
+SaveAs = Callable[[str, bool, bool], None]
+"""Writes one file: its path, whether it holds weights only, and whether it may take a file's place."""
+
+
+def run(task: Task, save_as: SaveAs, link: Callable[[Callable[[], None]], None] | None) -> Result:
     """Write the files of a task, the first one first, and say which are there.
 
     Args:
         task: what to write.
-        save_as: writes one file: its path, whether it holds weights only, and whether it may take a file's place.
-        writes_links: whether this process makes the second names.
+        save_as: writes one file.
+        link: makes a second name by calling what it gets; None in a process that makes none.
     """
     result, begun = Result(), time.monotonic()
     try:
@@ -125,8 +136,9 @@ def run(task: Task, save_as: Callable[[str, bool, bool], None], writes_links: bo
         if task.last is not None:
             if task.last_is is None:
                 save_as(task.last, task.last_weights_only, task.last in task.replaces)
-            elif task.last_is != task.last and writes_links:
-                store.link_or_copy(task.last_is, task.last, task.symbolic, task.last in task.replaces)
+            elif task.last_is != task.last and link is not None:
+                replaced = task.last in task.replaces
+                link(partial(store.link_or_copy, task.last_is, task.last, task.symbolic, replaced))
             result.last = True
     except Exception as error:
         result.error = error
@@ -134,11 +146,24 @@ def run(task: Task, save_as: Callable[[str, bool, bool], None], writes_links: bo
     return result
 
 
+def make(link: Callable[[], None]) -> None:
+    """Make a second name, in the process that makes them."""
+    link()
+
+
 # ---------------------------------------------------------------------- weights that are numbers
 def floating_state(module: nn.Module, but: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
     """Return a module's parameters and buffers by name, without those that have no values yet."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name: tensor for name, tensor in tensors if name not in but and not is_lazy(tensor)}
+
+
+def is_finite(trainer: Trainer, but: frozenset[str]) -> bool:
+    """Whether a run's weights are numbers; what processes have agreed on where each has a part of them."""
+    agreed = trainer.weights_finite
+    if trainer.strategy.sharded and agreed is not None and agreed[0] == trainer.progress.step:
+        return agreed[1]
+    return not not_finite(floating_state(trainer.module, but))
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:

@@ -10,10 +10,11 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trainkit.checkpoint import disk, format, remote
+from trainkit.checkpoint import disk, format, manifest, remote, table
 from trainkit.checkpoint.disk import StrPath
 from trainkit.checkpoint.remote import is_remote as is_remote
 from trainkit.errors import CheckpointError, NoCheckpointError
@@ -93,8 +94,12 @@ def checkpoints_in(directory: StrPath) -> list[str]:
 
 
 # ---------------------------------------------------------------------- reading
-def load(path: StrPath) -> dict[str, Any]:
+def load(path: StrPath, allocate: Any = None) -> dict[str, Any]:
     """Return the state a file holds, its tensors on the host; a file that was changed since it was written is refused.
+
+    Args:
+        path: a file, or a directory that several processes have written.
+        allocate: makes the memory of the tensors of a directory.
 
     Raises:
         CheckpointError: there is no such file, with the nearest name there is; or it is not a checkpoint, or damaged,
@@ -102,7 +107,7 @@ def load(path: StrPath) -> dict[str, Any]:
     """
     name = named(path)
     try:
-        return _look(name, format.read)
+        return _look(name, partial(_read, allocate=allocate))
     except NoCheckpointError:
         raise
     except FileNotFoundError as error:
@@ -147,7 +152,7 @@ def newest(*directories: StrPath, only: Callable[[str], bool] | None = None) -> 
             problems.append(str(error))
     for *_, path in sorted(ranked, reverse=True):
         try:
-            finite = _look(path, format.verify).finite
+            finite = _look(path, _verify).finite
         except FileNotFoundError:
             continue
         except (CheckpointError, OSError) as error:
@@ -184,14 +189,14 @@ def is_newest(path: StrPath, step: int) -> bool:
         with contextlib.suppress(CheckpointError, OSError):
             resumable, other_step, *_ = _rank(other)
             known = True
-            if resumable and other_step > step and _look(other, format.verify).finite:
+            if resumable and other_step > step and _look(other, _verify).finite:
                 return False
     return known
 
 
 def head(path: StrPath) -> format.Head:
     """Return what a checkpoint says of itself, with its tensors left in the file; see `format.head`."""
-    return _look(named(path), format.head)
+    return _look(named(path), _head)
 
 
 def step_of(path: StrPath) -> int:
@@ -216,6 +221,42 @@ def _rank(path: str) -> tuple[int, ...]:
     if any(type(number) is not int for number in numbers):
         raise CheckpointError(f"{path} is not a checkpoint of a run: it has no global_step.")
     return ("optimizer_states" in state, *numbers, os.path.basename(path).startswith("last"))
+
+
+# ---- a file, or a directory that several processes have written
+def _read(path: str, allocate: Any = None) -> dict[str, Any]:
+    if _is_directory(path):
+        from trainkit.checkpoint import sharded_load
+
+        return sharded_load.load(path, allocate)
+    return format.read(path)
+
+
+def _head(path: str) -> format.Head:
+    if _is_directory(path):
+        from trainkit.checkpoint import sharded_load
+
+        return sharded_load.head(path)
+    return format.head(path)
+
+
+def _verify(path: str) -> table.Table | manifest.Manifest:
+    return manifest.verify(path) if _is_directory(path) else table.verify(path)
+
+
+def _is_directory(path: str) -> bool:
+    """Whether a checkpoint is a directory of trainkit's; one of torch's own is refused."""
+    if not os.path.isdir(path) or manifest.is_ours(path):
+        return os.path.isdir(path)
+    if os.path.lexists(os.path.join(path, ".metadata")):
+        raise CheckpointError(
+            f"{path} is refused: torch.distributed.checkpoint wrote it, whose .metadata is a pickle, and reading that "
+            "can run any code. Only if you trust who made it: make it one file with "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(directory, file), then trainkit convert that."
+        )
+    if path.endswith(EXTENSION):
+        raise CheckpointError(f"{path} is damaged: its {disk.MANIFEST} is missing.")
+    return False
 
 
 def _look(path: str, use: Callable[[str], Found]) -> Found:

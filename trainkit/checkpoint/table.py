@@ -72,6 +72,11 @@ def compose(state: str, records: Sequence[Record], finite: bool, writer: dict[st
     """
     listed = [[record.name, record.size, record.crc32, record.sha256] for record in records]
     rest = {"format": "trainkit", "version": VERSION, "writer": writer, "finite": finite, "records": listed}
+    return signed(rest, state)
+
+
+def signed(rest: dict[str, Any], state: str) -> bytes:
+    """Return a trainkit.json with its own digest: what else it says, and the state."""
     body = json.dumps(rest, separators=(",", ":"))[1:-1]
     unsigned = _START + b"0" * 64 + f'",{body},"state":{state}}}'.encode()
     digest = hashlib.sha256(unsigned).hexdigest().encode()
@@ -116,32 +121,47 @@ def read(file: BinaryIO) -> Table:
         NotOurs: there is none.
     """
     contents = archive.read_table(file)
-    unsigned = contents[: _DIGEST.start] + b"0" * 64 + contents[_DIGEST.stop :]
-    if contents[: len(_START)] != _START or hashlib.sha256(unsigned).hexdigest().encode() != contents[_DIGEST]:
-        raise Damaged("was changed since it was written", archive.TABLE)
-    if _values(contents) > MAX_VALUES:
-        raise _refused(f"has more than {MAX_VALUES:,} values")
-    try:
-        found = json.loads(contents, object_pairs_hook=_once, parse_constant=_no_constant)
-    except RecursionError:
-        raise _refused("is nested too deeply") from None
-    except ValueError as error:
-        raise _refused(f"can't be read, {error}") from None
-    version = found.get("version")
-    if type(version) is int and version > VERSION and found.get("format") == "trainkit":
-        raise _refused(f"has version {version}, which a newer trainkit wrote; this one reads version {VERSION}")
-    if version != VERSION or found.get("format") != "trainkit":
-        raise _refused("has no version that trainkit writes")
+    found = opened_up(contents, "trainkit", MAX_VALUES)
     records, writer, finite = found.get("records"), found.get("writer"), found.get("finite")
     if type(records) is not list or type(writer) is not dict or type(finite) is not bool or "state" not in found:
-        raise _refused("lacks records, writer, finite or state")
+        raise refused("lacks records, writer, finite or state")
     listed = [_record(entry) for entry in records]
     if len({record.name for record in listed}) != len(listed):
-        raise _refused("lists a record twice")
+        raise refused("lists a record twice")
     size, expected = archive.size_of(file), archive.expected_size(listed, contents)
     if size != expected:
         raise Damaged(f"has {size:,} bytes, where its records need {expected:,}: it is cut off, or was added to")
     return Table(listed, found["state"], finite, {str(k): str(v) for k, v in writer.items()}, contents)
+
+
+def opened_up(contents: bytes, kind: str, most: int) -> dict[str, Any]:
+    """Return what a trainkit.json says, after comparing it with its own digest.
+
+    Args:
+        contents: its bytes.
+        kind: the format it has to be of.
+        most: how many values it may have.
+
+    Raises:
+        Damaged: it is not what was written, or is nothing that trainkit writes.
+    """
+    unsigned = contents[: _DIGEST.start] + b"0" * 64 + contents[_DIGEST.stop :]
+    if contents[: len(_START)] != _START or hashlib.sha256(unsigned).hexdigest().encode() != contents[_DIGEST]:
+        raise Damaged("was changed since it was written", archive.TABLE)
+    if _values(contents) > most:
+        raise refused(f"has more than {most:,} values")
+    try:
+        found: dict[str, Any] = json.loads(contents, object_pairs_hook=_once, parse_constant=_no_constant)
+    except RecursionError:
+        raise refused("is nested too deeply") from None
+    except ValueError as error:
+        raise refused(f"can't be read, {error}") from None
+    version = found.get("version")
+    if type(version) is int and version > VERSION and found.get("format") == kind:
+        raise refused(f"has version {version}, which a newer trainkit wrote; this one reads version {VERSION}")
+    if version != VERSION or found.get("format") != kind:
+        raise refused("has no version that trainkit writes")
+    return found
 
 
 def check(file: BinaryIO, table: Table, target: Callable[[Record], memoryview | None] = lambda _: None) -> None:
@@ -200,14 +220,15 @@ def _record(entry: Any) -> Record:
     match entry:
         case [str(name), int(size), int(crc), str(digest)] if type(size) is type(crc) is int:
             if not archive.is_record_name(name):
-                raise _refused(f"lists a record of the name {name[:60]!r}")
+                raise refused(f"lists a record of the name {name[:60]!r}")
             if not (0 <= size < 1 << 62 and 0 <= crc < 1 << 32 and _SHA256.fullmatch(digest)):
-                raise _refused(f"lists a record {name} that can't be")
+                raise refused(f"lists a record {name} that can't be")
             return Record(name, size, crc, digest)
-    raise _refused("has a list of records that can't be read")
+    raise refused("has a list of records that can't be read")
 
 
-def _refused(reason: str) -> Damaged:
+def refused(reason: str) -> Damaged:
+    """Return the error that says why a trainkit.json is not read."""
     return Damaged(f"is refused: its {archive.TABLE} {reason}")
 
 

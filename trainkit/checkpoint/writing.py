@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainkit.checkpoint import saving, store
 from trainkit.checkpoint.format import check_plain
@@ -25,6 +25,11 @@ def save(callback: Keeper, decision: Decision, in_background: bool = False) -> N
     Of several processes rank 0 does so, with what all of them have; the others learn what has become of it.
     """
     trainer = decision.trainer
+    if trainer.strategy.sharded:
+        from trainkit.checkpoint import jointly
+
+        jointly.save_decided(callback, decision, in_background)
+        return
     if trainer.world_size == 1:
         trainer.background.settle()
         save_here(callback, decision, in_background)
@@ -45,6 +50,33 @@ def save(callback: Keeper, decision: Decision, in_background: bool = False) -> N
 
 def save_here(callback: Keeper, decision: Decision, in_background: bool) -> None:
     """Save in this process."""
+    trainer, plan = decision.trainer, planned(callback, decision)
+    if plan is None:
+        return
+    done = partial(settled, callback, decision, plan)
+    if not in_background:
+        link = saving.make if trainer.is_global_zero else None
+        done(saving.run(plan.task, partial(_save_as, trainer), link), None)
+        return
+    try:
+        work = copied(callback, trainer, plan.task)
+    except Exception as error:
+        done(saving.Result(error=error), None)
+    else:
+        callback._in_flight = True
+        trainer.background.submit(work, done)
+
+
+class Plan(NamedTuple):
+    """What is written, and from where in a run."""
+
+    outcome: Outcome
+    here: tuple[int, int, int]
+    task: saving.Task
+
+
+def planned(callback: Keeper, decision: Decision) -> Plan | None:
+    """Return which files a decision leads to, None when there is none."""
     trainer = decision.trainer
     here = (trainer.progress.epoch, trainer.progress.batch, trainer.progress.step)
     written = callback._written if callback._written is not None and callback._written.where == here else None
@@ -54,24 +86,16 @@ def save_here(callback: Keeper, decision: Decision, in_background: bool) -> None
     outcome = callback._outcome(decision)
     tell_not_finite(callback, decision, outcome)
     if outcome.path is None and outcome.last is None:
-        return
-    task = task_of(callback, decision, outcome, written)
-    done = partial(settled, callback, decision, outcome, here, task)
-    if not in_background:
-        done(saving.run(task, partial(_save_as, trainer), trainer.is_global_zero), None)
-        return
-    try:
-        work = copied(callback, trainer, task)
-    except Exception as error:
-        done(saving.Result(error=error), None)
-    else:
-        callback._in_flight = True
-        trainer.background.submit(work, done)
+        return None
+    return Plan(outcome, here, task_of(callback, decision, outcome, written))
 
 
-def copied(callback: Keeper, trainer: Trainer, task: saving.Task) -> Callable[[], saving.Result]:
+def copied(
+    callback: Keeper, trainer: Trainer, task: saving.Task, state: dict[str, Any] | None = None
+) -> Callable[[], saving.Result]:
     """Copy the state of this moment; return what writes it, while training goes on."""
-    state = saving.contents(trainer, callback.save_weights_only)
+    if state is None:
+        state = saving.contents(trainer, callback.save_weights_only)
     if is_own(trainer.checkpoint_io):
         state = check_plain(state)  # a mistake is told here and now
     callback._snapshot = snapshot = callback._snapshot or Snapshot()
@@ -81,19 +105,18 @@ def copied(callback: Keeper, trainer: Trainer, task: saving.Task) -> Callable[[]
         snapshot.wait()
         saving.write(trainer.checkpoint_io, copy, path, overwrite=overwrite)
 
-    return partial(saving.run, task, save_as, trainer.is_global_zero)
+    return partial(saving.run, task, save_as, saving.make if trainer.is_global_zero else None)
 
 
 def settled(
     callback: Keeper,
     decision: Decision,
-    outcome: Outcome,
-    here: tuple[int, int, int],
-    task: saving.Task,
+    plan: Plan,
     result: saving.Result | None,
     error: BaseException | None,
 ) -> None:
     """Take note of what is on the disk, tell others, and remove what it replaces."""
+    outcome, here, task = plan
     callback._in_flight = False
     if callback._decision is decision:
         callback._decision = None
@@ -117,8 +140,9 @@ def settled(
             logger.after_save_checkpoint(callback)
         if callback.verbose and decision.trainer.is_global_zero:
             decision.trainer.print(report(callback, decision, outcome))
-    if isinstance(result.error, CheckpointExistsError) and has_another_name(callback, decision, outcome, result):
-        save(callback, decision)
+    taken = isinstance(result.error, CheckpointExistsError) and not decision.trainer.strategy.sharded
+    if taken and has_another_name(callback, decision, outcome, result):
+        save_here(callback, decision, False)
     elif result.error is not None:
         failed(callback, decision, outcome, result, result.error)
 

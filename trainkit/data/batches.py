@@ -74,6 +74,10 @@ class Batches:
         """Return at which batch this process's epoch ends."""
         return self.num_batches
 
+    def taken_by_all(self, epoch: int) -> int | float:
+        """Return at which batch the epoch of the last process ends."""
+        return self.taken(epoch)
+
     def share(self, epoch: int, batch_idx: int) -> float:
         """Return by what a loss that is a mean over the samples of a batch counts among those of all processes.
 
@@ -85,6 +89,10 @@ class Batches:
     def lacking(self, epoch: int, batch_idx: int) -> bool:
         """Whether some process has no sample of a batch: all of them know it, and that one gets `EMPTY`."""
         return False
+
+    def stand_in(self, epoch: int, batch_idx: int) -> Any:
+        """Return what another process has of a batch that this one has no sample of."""
+        raise IndexError(f"{self.name} has a sample of batch {batch_idx} in epoch {epoch}.")
 
     def open(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """Return an iterator that begins with batch `start` of an epoch."""

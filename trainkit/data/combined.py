@@ -199,6 +199,23 @@ class Combination(Batches):
                 taken -= 1
         return taken
 
+    def taken_by_all(self, epoch: int) -> int | float:
+        """Return at which batch the epoch of the last process ends."""
+        return self.num_batches
+
+    def stand_in(self, epoch: int, batch_idx: int) -> Any:
+        """Return what another process has of a batch that this one has no sample of."""
+        places = zip(self.loaders, self.places(batch_idx), strict=True)
+        return refilled(
+            self.structure,
+            [
+                None if place is None
+                else one.stand_in(epoch, *place) if one.empty(epoch, *place)
+                else one.batch_at(epoch, *place)
+                for one, place in places
+            ],
+        )  # fmt: skip
+
     def _has_nothing(self, epoch: int, batch_idx: int) -> bool:
         there = [(one, place) for one, place in zip(self.loaders, self.places(batch_idx), strict=True) if place]
         return all(loader.empty(epoch, *place) for loader, place in there)

@@ -133,16 +133,23 @@ class Loader(Batches):
 
     def taken(self, epoch: int) -> int | float:
         """Return at which batch this process's epoch ends."""
+        most = self.taken_by_all(epoch)
+        if self.even or self.indexed is None or not (self.sliced or self.indexed.moved(epoch)):
+            return most
+        return min(self.indexed.counts(epoch)[1], most)
+
+    def taken_by_all(self, epoch: int) -> int | float:
+        """Return at which batch the epoch of the last process ends."""
         if self.indexed is None or not (self.sliced or self.indexed.moved(epoch)):
             return self.num_batches
-        most, own = self.indexed.counts(epoch)
+        most, _ = self.indexed.counts(epoch)
         if not self.indexed.moved(epoch):
             most = min(most, self.num_batches)
         elif self.num_batches < self.claimed:
             slices = self.indexed.slices_in(epoch)
             left = max(0, self.num_batches * slices.size - slices.first)
             most = min(most, slices.first_batch + math.ceil(left / slices.size))
-        return most if self.even else min(own, most)
+        return most
 
     def share(self, epoch: int, batch_idx: int, lap: int = 0) -> float:
         """Return by what a loss that is a mean over the samples of a batch counts among those of all processes."""

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, _utils, get_worker_inf
 
 from trainkit.data.order import Placed
 from trainkit.data.served import Served
+from trainkit.stacks import answer_asked
 
 IGNORED = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
@@ -47,6 +48,7 @@ class WorkerStart:
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
         self._end_with_parent()
+        answer_asked()
         info: Any = get_worker_info()
         if issubclass(type(info.dataset), Served):
             inner = object.__getattribute__(info.dataset, "_inner")

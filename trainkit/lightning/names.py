@@ -123,6 +123,8 @@ MODULES: dict[str, str | dict[str, str]] = {
     "pytorch.profilers.pytorch": "trainkit.profiler.pytorch",
     "pytorch.profilers.simple": "trainkit.profiler.simple",
     "pytorch.strategies": {"trainkit.strategies": "*"},
+    "pytorch.strategies.fsdp": {"trainkit.strategies": "FSDPStrategy"},
+    "pytorch.strategies.model_parallel": {"trainkit.strategies": "ModelParallelStrategy"},
     "pytorch.strategies.single_device": {"trainkit.strategies": "SingleDeviceStrategy"},
     "pytorch.strategies.strategy": {"trainkit.strategies": "Strategy"},
     "pytorch.trainer": SURFACE,

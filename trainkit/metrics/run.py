@@ -285,12 +285,16 @@ class Metrics:
         """From here on step values show."""
         self.hook, self.train.steps = hook, True
 
-    def end_batches(self) -> None:
-        """From here on the epoch's reductions show."""
+    def end_batches(self, empty: bool = False) -> None:
+        """From here on the epoch's reductions show.
+
+        Args:
+            empty: other processes had all samples of the epoch.
+        """
         if self.batch is not None:  # else: a validation came after the last batch, and its values are newer
             self._keep()
         self.train.steps, self.batch = False, None
-        self.agree("the end of the epoch's batches")
+        self.agree("the end of the epoch's batches", empty)
 
     def end_epoch(self, whole: bool) -> dict[str, Any]:
         """Return the epoch's reductions for the loggers, and begin to collect for the next epoch.

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trainkit.empty_init import EmptyInit
 from trainkit.moving import move_data_to_device
+from trainkit.strategies.materialise import is_on_meta, materialise
 from trainkit.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from trainkit.precision import Precision
 
 
 class Strategy:
@@ -22,6 +31,16 @@ class Strategy:
 
     parallel = False
     """Whether it is one of several processes, or acts as if: then `sync` and its like are called."""
+    sharded = False
+    """Whether parameters are spread over processes, as torch's DTensor, of which each has a part."""
+    sharded_checkpoints = False
+    """Whether a checkpoint is a directory that all processes write together."""
+    device_mesh: DeviceMesh | None = None
+    """How the processes are arranged, where parameters are spread over them."""
+    precision_plugin: Precision | None = None
+    """The run's; the Trainer says so."""
+    patience = 0
+    """How often a wait for the others was made long again (`be_patient`)."""
     world = World()
     """The processes of the run, and which of them this is."""
 
@@ -53,13 +72,34 @@ class Strategy:
         """Which part of the data this process has, and of how many: all that share one part compute one thing."""
         return self.global_rank, self.world_size
 
+    @property
+    def averages_by_hand(self) -> bool:
+        """Whether `sync_by_hand` is to be called behind each backward that averages gradients."""
+        return False
+
     def setup_environment(self) -> None:
         """Join the other processes; called before anything of a run."""
 
+    @contextmanager
+    def init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Make modules on the run's device.
+
+        Args:
+            empty_init: leave parameters as their memory was; where parameters are spread over processes: without
+                memory, on the meta device.
+        """
+        with self.device, EmptyInit() if empty_init else nullcontext():
+            yield
+
+    def begin(self, module: nn.Module) -> None:
+        """Get to know the module, before its `configure_model`."""
+
     def setup(self, module: nn.Module) -> None:
-        """Bring the module to its device."""
+        """Bring the module to its device; parameters on the meta device get memory and their first values."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        if is_on_meta(module):
+            materialise(module, self.device)
         module.to(self.device)
 
     def wrap(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,8 +119,13 @@ class Strategy:
     def epoch_starts(self) -> None:
         """Prepare for an epoch; with several processes."""
 
-    def sync(self, wanted: bool) -> None:
-        """Say before a step's forward whether its gradients are averaged; with several processes."""
+    def sync(self, wanted: bool, lacking: bool = False) -> None:
+        """Say before a step's forward whether its gradients are averaged; with several processes.
+
+        Args:
+            wanted: whether they are.
+            lacking: some process has no sample, and so no forward in which it could hear of anything.
+        """
 
     def sync_by_hand(self) -> None:
         """Average the gradients after a step in which some process had no sample; with several processes."""
@@ -114,6 +159,9 @@ class Strategy:
         else:
             nn.utils.clip_grad_norm_(parameters, limit)
 
+    def optimizers_made(self, optimizers: Iterable[Optimizer]) -> None:
+        """Get to know the run's optimizers, and refuse those that can't work."""
+
     def optimizers_to_device(self, optimizers: Iterable[Optimizer]) -> None:
         """Bring restored optimizer state to where its parameters are."""
         for optimizer in optimizers:
@@ -129,7 +177,13 @@ class Strategy:
         """Give up what would keep other processes waiting, when a run fails."""
 
     # ---- between processes; one process is all of them
-    def barrier(self, name: str | None = None) -> None:
+    def be_patient(self) -> None:
+        """Wait long for the others from here on: one of them may have something to do that is no training step."""
+
+    def be_quick(self, timeout: timedelta, patience: int) -> None:
+        """Wait only so long for the others, while nothing but steps is done."""
+
+    def barrier(self, name: str | None = None, timeout: float | timedelta | None = None) -> None:
         """Wait for all processes."""
 
     def on_rank_zero(self, what: str, function: Callable[[], Any]) -> Any:

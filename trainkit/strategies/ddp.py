@@ -30,7 +30,9 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_hook: replaces the averaging, as `DistributedDataParallel.register_comm_hook` says.
         ddp_comm_wrapper: takes the hook and returns one, for example to compress what it sends.
         process_group_backend: torch's name of it; None takes nccl for cuda beside gloo for the host, gloo elsewhere.
-        timeout: how long a process waits for the others before that is an error.
+        timeout: how long a process waits for the others before that is an error, where nobody knows better: up to
+            the first training step's end, and in all that is no training step.
+        step_timeout: how long in a training step, once it is known how long these take; see `ParallelStrategy`.
         start_method: how a Trainer that has to start processes itself does so: None runs the script again ("popen" is
             Lightning's word for it), "spawn", "fork" and "notebook" run the call in children of this process.
         device: where this process's module and batches live; the Trainer says so.
@@ -50,12 +52,13 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_wrapper: Callable[..., Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        step_timeout: timedelta | None = timedelta(minutes=5),
         start_method: str | None = None,
         device: torch.device | str = "cpu",
         world: World | None = None,
         **more: Any,
     ) -> None:
-        super().__init__(device, world, process_group_backend, timeout)
+        super().__init__(device, world, process_group_backend, timeout, step_timeout)
         self.start_method = None if start_method == "popen" else start_method
         self.settings: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
@@ -75,6 +78,8 @@ class DDPStrategy(ParallelStrategy):
     ) -> Callable[..., Any]:
         """Return the training step as the loop calls it: through DDP, which averages its gradients in backward."""
         self._steps = Steps(module, step, wishes)
+        if wishes is not None:
+            wishes.carried = True
         self._wrap()
         return self._step
 
@@ -124,10 +129,14 @@ class DDPStrategy(ParallelStrategy):
     def _step(self, *args: Any) -> Any:
         return self._steps(*args) if self.model is None else self.model(*args)
 
-    def sync(self, wanted: bool) -> None:
-        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window."""
+    def sync(self, wanted: bool, lacking: bool = False) -> None:
+        """Say before a step's forward whether its gradients are averaged: not inside an accumulation window.
+
+        Forward sends rank 0's buffers, unless some process has no forward.
+        """
         if self.model is not None:
             self.model.require_backward_grad_sync = wanted
+            self.model.require_forward_param_sync = not lacking
 
     def prepare_backward(self, loss: Tensor) -> None:
         """Have the gradients of a backward averaged that the step itself runs, inside of its forward."""
@@ -167,6 +176,8 @@ class Wishes:
         self.own = torch.zeros(len(names), device=device)
         """What this process wishes; numbers above 0 are wishes."""
         self.carrier = nn.Parameter(torch.zeros(len(names), device=device))
+        self.carried = False
+        """Whether they are sent with the gradients; a strategy says so. Else processes ask each other at log points."""
 
     def heard(self) -> Tensor | None:
         """Return the sum of what was wished since the last time, or its mean; None where no gradient was sent."""
@@ -180,7 +191,7 @@ class Carry(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, carrier: Tensor, own: Tensor) -> Tensor:
         ctx.own = own
-        return loss.view_as(loss)
+        return loss.clone()  # FSDP warns of views
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -24,6 +24,9 @@ from trainkit.world import World
 ROOT = "trainkit/meeting"
 SHORTEST, LONGEST = 0.001, 0.1  # seconds between two looks
 
+word = ""
+"""What the processes of this start have in common, for whoever talks to that store beside them; "" before they meet."""
+
 
 def store_of(world: World, timeout: timedelta, environ: Mapping[str, str] = os.environ) -> Store | None:
     """Return the store of this start's processes; None where torch finds one that is new.
@@ -35,9 +38,11 @@ def store_of(world: World, timeout: timedelta, environ: Mapping[str, str] = os.e
     """
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
+    global word
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     store = TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    return PrefixStore(f"{ROOT}/{meet(store, world.rank, world.size, timeout)}", store)
+    word = meet(store, world.rank, world.size, timeout)
+    return PrefixStore(f"{ROOT}/{word}", store)
 
 
 def meet(store: Store, rank: int, size: int, timeout: timedelta) -> str:

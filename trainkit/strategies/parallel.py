@@ -6,8 +6,10 @@ import atexit
 import contextlib
 import itertools
 import pickle
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parameter import is_lazy
 
-from trainkit.errors import MisconfigurationException
+from trainkit.errors import MisconfigurationException, MissingRankError
+from trainkit.hang import named
 from trainkit.rank_zero import rank_zero_only
 from trainkit.strategies.base import Strategy
 from trainkit.strategies.meeting import store_of
@@ -26,8 +30,13 @@ from trainkit.tree import map_tensors
 from trainkit.world import World
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.001, 0.1  # seconds between two looks for what rank 0 has done
+LONGEST_IDLING = 2.0  # seconds until threads that do not come to rest are left alone
 LONGEST_LEAVE = 30.0  # seconds that the others wait for rank 0 to leave when a signal has ended a run
 LEFT = "trainkit/left"
+QUIET_LOOKS = 10  # so often one after the other threads are seen to wait before they are believed to
+_ours = False  # whether this process joined the process group here, and not in the user's code
+_pace = threading.Lock()  # for who sets the group's timeout
+_met: Counter[str] = Counter()  # how often each barrier with a timeout was reached
 _calls = itertools.count()  # of on_rank_zero, by all strategies of the process: the group has one store
 OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
@@ -39,7 +48,10 @@ class ParallelStrategy(Strategy):
         device: where this process's module and batches live.
         world: the processes.
         process_group_backend: torch's name of it; None takes nccl for cuda beside gloo for the host, gloo elsewhere.
-        timeout: how long a process waits for the others before that is an error.
+        timeout: how long a process waits for the others before that is an error, where nobody knows better: up to
+            the first training step's end, and in all that is no training step.
+        step_timeout: how long in a training step, once it is known how long these take; or 20 times as long as they
+            do, if that is more. It is the Trainer's watchdog that knows. None: `timeout`, always.
     """
 
     parallel = True
@@ -50,9 +62,11 @@ class ParallelStrategy(Strategy):
         world: World | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        step_timeout: timedelta | None = timedelta(minutes=5),
     ) -> None:
         super().__init__(device)
-        self.process_group_backend, self.timeout = process_group_backend, timeout
+        self.process_group_backend, self.timeout, self.step_timeout = process_group_backend, timeout, step_timeout
+        self._waits = timeout
         self.world = world or World()
         self.devices: list[torch.device] = []
         """The devices of all processes on this node; the Trainer says so."""
@@ -67,10 +81,13 @@ class ParallelStrategy(Strategy):
 
     def setup_environment(self) -> None:
         """Join the process group, once a process: it is left when the process ends."""
+        global _ours
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
         if dist.is_initialized():
+            if _ours:  # an earlier Trainer's
+                set_timeout(self.timeout)
             return
         device = self.device if self.device.type == "cuda" else None
         if not self.world.launcher:  # one process, which nobody launched
@@ -85,6 +102,7 @@ class ParallelStrategy(Strategy):
             timeout=self.timeout,
             device_id=device,
         )
+        _ours = True
         atexit.register(leave_process_group)
 
     def setup(self, module: nn.Module) -> None:
@@ -121,9 +139,43 @@ class ParallelStrategy(Strategy):
         super().teardown(module)
 
     # ---- between processes
-    def barrier(self, name: str | None = None) -> None:
-        """Wait for all processes."""
-        if self.device.type == "cuda":
+    def be_patient(self) -> None:
+        """Wait `timeout` for the others from here on: one of them may have something to do that is no step."""
+        with _pace:
+            self.patience += 1
+            self._wait_for(self.timeout)
+
+    def be_quick(self, timeout: timedelta, patience: int) -> None:
+        """Wait only so long for the others, but not less than `step_timeout`.
+
+        Args:
+            timeout: how long.
+            patience: what `self.patience` was when it was seen that only steps are done; if it is more by now,
+                something else has begun.
+        """
+        with _pace:
+            if self.step_timeout is not None and patience == self.patience:
+                self._wait_for(min(max(timeout, self.step_timeout), self.timeout))
+
+    def _wait_for(self, timeout: timedelta) -> None:
+        if _ours and abs(timeout - self._waits) > 0.2 * self._waits:
+            set_timeout(timeout)
+            self._waits = timeout
+
+    def barrier(self, name: str | None = None, timeout: float | timedelta | None = None) -> None:
+        """Wait for all processes.
+
+        Args:
+            name: what for, for the error.
+            timeout: how long, in seconds or as a timedelta; None waits as long as in any collective.
+
+        Raises:
+            MissingRankError: some did not come in time; it names the barrier and their ranks.
+        """
+        if timeout is not None:
+            seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+            meet(name or "", seconds, self.global_rank, self.world_size)
+        elif self.device.type == "cuda":
             dist.barrier(device_ids=[self.device.index])
         else:
             dist.barrier()
@@ -247,6 +299,45 @@ def leave_after_rank_zero() -> None:
     _leaves_after_rank_zero = True
 
 
+def set_timeout(timeout: timedelta) -> None:
+    """Set how long collectives wait that are called from here on, in all process groups."""
+    change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    for group in list(distributed_c10d._world.pg_map):
+        change(timeout, group)
+
+
+def meet(name: str, seconds: float, rank: int, size: int) -> None:
+    """Wait until all processes are here, or so many seconds.
+
+    Not in a collective: whoever gives up can go on, or save what it has.
+
+    Raises:
+        MissingRankError: some did not come.
+    """
+    store: Any = _get_default_store()
+    time_of_name, key = _met[name], f"trainkit/barrier/{name}/{_met[name]}"
+    _met[name] += 1
+    store.set(f"{key}/{rank}", "here")
+    if store.add(key, 1) == size:
+        store.set(f"{key}/all", "here")
+        if time_of_name:  # all have left the one before
+            earlier = f"trainkit/barrier/{name}/{time_of_name - 1}"
+            for old in (earlier, f"{earlier}/all", *(f"{earlier}/{other}" for other in range(size))):
+                store.delete_key(old)
+    until, wait = time.monotonic() + seconds, SHORTEST_WAIT
+    while not store.check([f"{key}/all"]):
+        if time.monotonic() > until:
+            missing = [other for other in range(size) if not store.check([f"{key}/{other}"])]
+            what = f"the barrier {name!r}" if name else "a barrier"
+            raise MissingRankError(
+                f"{named(missing)} did not come to {what} within {seconds:g} s. Received: {size - len(missing)} of "
+                f"{size} processes. All of them have to call it; look at what the others do in logs/rank*.log.",
+                missing,
+            )
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT)
+
+
 def leave_process_group() -> None:
     """Leave the group when the process ends; torch warns where nobody does."""
     if not dist.is_initialized():
@@ -260,23 +351,25 @@ def leave_process_group() -> None:
             while not store.check([LEFT]) and time.monotonic() < until:
                 time.sleep(LONGEST_WAIT)
     dist.destroy_process_group()
-    wait_for_gloo()
+    _let_gloo_finish()
 
 
-def wait_for_gloo(tasks: Path = Path("/proc/self/task"), most: float = 5.0) -> None:
-    """Wait until gloo's threads have nothing to do: they outlive the group, since torch's DDP does not let go of it.
+def _let_gloo_finish() -> None:
+    """Wait until gloo's threads have let go of the last tensors, for which they need Python's lock.
 
-    A collective is over for who waits for it before its thread has let go of its tensors, and for that a thread may
-    need Python. If Python is being shut down by then, the thread ends in C++'s "terminate called without an active
-    exception", and a good run with SIGABRT; on a busy machine some of a hundred did.
+    torch's DDP keeps the group alive, and with it these threads. One that still waits for the lock when the interpreter
+    ends is ended in the middle of C++, which aborts the process ("terminate called without an active exception").
     """
-    until = time.monotonic() + most
-    while time.monotonic() < until:
-        time.sleep(SHORTEST_WAIT)  # which lets go of Python, too
-        busy = False
-        for task in tasks.iterdir() if tasks.is_dir() else ():
-            with contextlib.suppress(OSError, IndexError):  # it has ended
-                if "gloo_runloop" in (task / "comm").read_text():
-                    busy |= (task / "stat").read_text().rpartition(")")[2].split()[0] != "S"
-        if not busy:
-            return
+    idle, until = 0, time.monotonic() + LONGEST_IDLING
+    while idle < QUIET_LOOKS and time.monotonic() < until:
+        time.sleep(SHORTEST_WAIT)  # without the lock
+        idle = idle + 1 if all(state == "S" for state in _states("pt_gloo_runloop")) else 0
+
+
+def _states(name: str) -> Iterator[str]:
+    """Return what the threads of that name do, as Linux's /proc/self/task/*/stat says it: R runs, S waits."""
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            before, _, after = stat.read_text().rpartition(")")
+            if before.endswith(f"({name}"):
+                yield after.split()[0]

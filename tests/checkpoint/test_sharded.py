@@ -260,9 +260,7 @@ for background in (False, True):
         run = trainer(checkpoint, strategy=fsdp(), max_steps=10)
         run.fit(Net(), data())
     said = [str(one.message) for one in told if "nothing was saved" in str(one.message)]
-    found[folder] = [sorted(os.listdir(folder)), checkpoint.failed_saves, len(said), said[0],
-                     os.path.basename(checkpoint.best_model_path),
-                     sorted(map(os.path.basename, checkpoint.best_k_models))]
+    found[folder] = [sorted(os.listdir(folder)), checkpoint.failed_saves, said, checkpoint.best_model_path]
 fails[0] = 1
 try:
     run.save_checkpoint("by-hand.ckpt")
@@ -272,12 +270,11 @@ tell(**found)
 """
     for rank in told(2, body):
         for folder in ("ck-False", "ck-True"):
-            names, failed, warned, said, best, _ = rank[folder]
-            assert [failed, warned] == [2, 2]
+            names, failed, said, best = rank[folder]
+            assert failed == len(said) == 2
             assert names == ["epoch=0-step=2.ckpt", "epoch=0-step=6.ckpt", "epoch=1-step=10.ckpt", "last.ckpt"]
-            assert best == "epoch=1-step=10.ckpt"
-            assert "the disk is full" in said
-            assert "(rank 1)" in said
+            assert os.path.basename(best) == "epoch=1-step=10.ckpt"
+            assert all("the disk is full" in text and "(rank 1)" in text for text in said)
         assert "the disk is full" in rank["by hand"]
     assert not os.path.lexists("by-hand.ckpt")
     assert [name for name in os.listdir() if name.startswith(".trainkit")] == []

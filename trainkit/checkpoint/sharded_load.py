@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -127,7 +127,7 @@ def read_into(found: Manifest, tensors: dict[str, Any]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, that no other process is asked
-            load_planned(dict(tensors), storage_reader=_Reader(found), planner=planner, no_dist=True)
+            load_planned(dict(tensors), storage_reader=_Reader(found, tensors), planner=planner, no_dist=True)
     except CheckpointException as failed:
         for error, _ in failed.failures.values():
             raise error from None
@@ -137,14 +137,15 @@ def read_into(found: Manifest, tensors: dict[str, Any]) -> None:
 class _Reader(StorageReader):
     """Read the pieces that a plan needs, each once and whole, so that its digest can be compared."""
 
-    def __init__(self, found: Manifest) -> None:
-        self.found = found
+    def __init__(self, found: Manifest, wanted: Iterable[str]) -> None:
+        self.found, self.wanted = found, list(wanted)
 
     def reset(self, checkpoint_id: Any = None) -> None: ...
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         tensors, pieces = {}, {}
-        for record, spread in self.found.records.items():
+        for record in self.wanted:  # of all of them would be too slow, when tensors are read one by one
+            spread = self.found.records[record]
             chunks = [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.shape)) for p in spread.pieces]
             properties = TensorProperties(dtype=DTYPES[spread.dtype])
             tensors[record] = TensorStorageMetadata(properties, torch.Size(spread.shape), chunks)

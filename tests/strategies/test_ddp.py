@@ -276,10 +276,10 @@ tell(same=weights(whole) == weights(part), whole=weights(whole), best=t.checkpoi
 """
 
 
-def test_a_resumed_run_of_two_processes_is_the_same_to_the_last_bit(told: Told) -> None:
-    first, second = told(2, RESUME)
+def test_a_resumed_run_of_three_processes_is_the_same_to_the_last_bit(told: Told) -> None:
+    first, *others = told(3, RESUME)  # a sum over three depends on where in its buckets DDP has a gradient
     assert first["same"]
-    assert first == second
+    assert others == [first] * 2
 
 
 CONTROL_FLOW = """

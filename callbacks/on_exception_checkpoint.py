@@ -49,6 +49,12 @@ class OnExceptionCheckpoint(Checkpoint):
         if not self._saving:
             return
         self._saving = False
+        if trainer.world_size > 1:  # what a checkpoint needs of the others they no longer give
+            exception.add_note(
+                "OnExceptionCheckpoint: nothing was saved, since a checkpoint of several processes needs all of them. "
+                "The run goes on from its newest one: ckpt_path='last'."
+            )
+            return
         try:
             trainer.save_checkpoint(self.ckpt_path)
         except Exception as error:

@@ -221,6 +221,28 @@ def test_under_torchrun_nobody_leaves_before_rank_0_has_closed_everything(tmp_pa
     assert "exitcode  : 143" in found.stderr
 
 
+FAILING = """
+from trainkit.callbacks import OnExceptionCheckpoint
+
+class Fail(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 3:
+            raise ZeroDivisionError("on purpose")
+
+trainer(callbacks=[Fail(), OnExceptionCheckpoint(sys.argv[1])], enable_checkpointing=True).fit(Net(), data())
+"""
+
+
+def test_an_exception_in_one_process_ends_all_and_waits_for_no_checkpoint(
+    processes: Callable[..., Any], tmp_path: Path
+) -> None:
+    first, second = processes(2, PREAMBLE + FAILING, tmp_path / "x", timeout=60, check=False)
+    assert first.code != 0
+    assert second.code != 0
+    assert "ZeroDivisionError: on purpose" in second.err
+    assert "a checkpoint of several processes needs all of them" in second.err
+
+
 MANUAL = """
 class Manual(Net):
     def __init__(self):

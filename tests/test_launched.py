@@ -44,6 +44,10 @@ def test_warnings_of_other_ranks_go_to_the_log_of_the_run_and_early_ones_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(warnings, "showwarning", warnings._showwarning_orig)  # type: ignore[attr-defined]
+    with warnings.catch_warnings(record=True) as recorded:  # pytest does that, too
+        launched.RankLog(3)._show("recorded", UserWarning, "x.py", 1)
+    assert [str(one.message) for one in recorded] == ["recorded"]
+    monkeypatch.setattr(warnings, "_showwarnmsg_impl", warnings.showwarning)
     log = launched.RankLog(3)
     log._show("early", UserWarning, "x.py", 1)
     log.keep_in("s3://bucket/run")

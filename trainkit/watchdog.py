@@ -407,6 +407,7 @@ def watching(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        launched.note(error)  # now: who looks for the reason may be ended meanwhile
         told = watchdog.explained(error)
         if told is None:
             raise

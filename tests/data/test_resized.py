@@ -131,6 +131,7 @@ def test_the_batch_of_each_process_stays_if_that_is_asked_for(runs: Runs) -> Non
     assert sorted(before + after) == list(range(103))
 
 
+@pytest.mark.slow
 def test_the_same_number_of_processes_ends_bit_for_bit_where_it_would_have(runs: Runs) -> None:
     whole = runs("whole", 2, kept="other")
     assert runs("a", 2, kill=7, victim=1, every=2) is None

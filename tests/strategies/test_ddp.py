@@ -97,7 +97,7 @@ tell(weights=weights(module), step=t.global_step, rank=t.global_rank, world=t.wo
         {},
         {"accumulate_grad_batches": 3},
         {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2},
-        {"precision": "bf16-mixed"},
+        pytest.param({"precision": "bf16-mixed"}, marks=pytest.mark.slow),
         {"compile": {"backend": "eager"}},
     ],
 )

@@ -195,7 +195,13 @@ tell(seen=seen, names=sorted(os.listdir("ck")), same=same(weights(run), weights(
 
 
 # ---- other processes, other strategies
-def test_any_number_of_processes_and_any_strategy_goes_on_from_a_directory_and_from_one_file(told: Told) -> None:
+@pytest.mark.parametrize(
+    "others",
+    [((2, "fsdp-sharded"), (2, "ddp"), (1, "auto")), pytest.param(((4, "fsdp-full"),), marks=pytest.mark.slow)],
+)
+def test_any_number_of_processes_and_any_strategy_goes_on_from_a_directory_and_from_one_file(
+    others: tuple[tuple[int, str], ...], told: Told
+) -> None:
     whole = """
 run = trainer(strategy=sys.argv[1], max_epochs=2)
 run.fit(Net(), data())
@@ -223,7 +229,7 @@ for path in sys.argv[2:]:
     found.append([near(weights(run), expected), run.global_step, steps])
 tell(found=found, path=run.checkpoint_callback.best_model_path)
 """
-    for nproc, strategy in ((2, "fsdp-sharded"), (2, "ddp"), (1, "auto"), (4, "fsdp-full")):
+    for nproc, strategy in others:
         for rank in told(nproc, go_on, strategy, four, one):
             assert rank["found"] == [[True, 16, [16] * 4]] * 2, (nproc, strategy)
             last = rank["path"]

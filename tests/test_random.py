@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from trainkit.random import MAX_SEED, draw_seed, isolated_random, random_state, seed_everything, set_random_state
+from trainkit.rank_zero import rank_zero_only
 
 
 def draws() -> tuple[Any, ...]:
@@ -28,6 +29,12 @@ def test_a_seed_repeats_every_source(capsys: pytest.CaptureFixture[str]) -> None
     seed_everything(8)
     assert draws() != first
     assert capsys.readouterr().out == "seed 7\nseed 7\nseed 8\n"
+
+
+def test_other_ranks_do_not_print_the_seed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    seed_everything(7)
+    assert not capsys.readouterr().out
 
 
 def test_a_seed_is_left_in_the_environment_for_processes_that_are_started(capsys: pytest.CaptureFixture[str]) -> None:

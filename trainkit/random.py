@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from trainkit.rank_zero import current_rank
+
 MAX_SEED = 2**32 - 1
 
 
@@ -21,7 +23,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
         seed: 0 to 2**32 - 1. None takes `PL_GLOBAL_SEED` from the environment, else 0.
         workers: kept for Lightning's signature and written to `PL_SEED_WORKERS`; what a data set draws never
             depends on it here, see docs/architecture.md.
-        verbose: print the seed.
+        verbose: print the seed, on rank 0.
 
     Raises:
         ValueError: the seed is not a whole number in that range.
@@ -41,7 +43,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     random.seed(seed)
     torch.manual_seed(seed)
     numpy_random().seed(seed)
-    if verbose:
+    if verbose and current_rank() == 0:
         print(f"seed {seed}")
     return seed
 

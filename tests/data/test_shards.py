@@ -21,6 +21,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 from trainkit.data.combined import Combination
@@ -415,3 +416,26 @@ def test_whole_batches_go_on_at_the_batch_where_another_number_of_parts_was() ->
         with pytest.warns(UserWarning, match="the order of data after this resume"):
             seen = [batch for each in together(going, 0, batch_idx.pop()) for batch in each]
         assert str([batch for batch in seen if batch is not EMPTY]) == str(expected[2:])
+
+
+class SeedOfWorker(Dataset[int]):
+    """Gives the seed of the worker that loads it: what a user makes generators of a worker's own from."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        return int(get_worker_info().seed)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("sampler", [None, "own"])
+def test_no_two_workers_of_all_processes_have_one_seed(sampler: str | None) -> None:
+    order = [3, 1, 0, 2, 7, 6, 5, 4] if sampler else None
+    seen = []
+    for part in range(2):
+        loader = loader_of(DataLoader(SeedOfWorker(), 1, num_workers=2, sampler=order), part, 2)
+        epochs = [{int(batch) for _, batch, _ in loader.epoch(0)} for _ in range(2)]
+        loader.close()
+        assert epochs[0] == epochs[1]  # a resumed epoch has the seeds it had
+        seen += list(epochs[0])
+    assert len(seen) == len(set(seen)) == 4

@@ -40,6 +40,7 @@ from trainkit.data.stacking import is_default
 from trainkit.data.stateful import has_state
 from trainkit.data.whole import Whole, gather_of
 from trainkit.data.workers import Crew
+from trainkit.random import derived_seed
 
 if TYPE_CHECKING:
     from trainkit.data.unchanged import Snapshot
@@ -86,6 +87,7 @@ class Indexed:
         self.source, self.name, self.crew = source, name, crew
         self.order = order_of(source, seed)
         part, parts = shard
+        self._part = part
         if parts > 1 and (not deal or deals_itself(source)):
             self.order.part, self.order.parts = shard
             part, parts, size = 0, 1, None
@@ -184,12 +186,17 @@ class Indexed:
         if self.crew is None and self.standard:
             return self._here(start)
         if self.crew is None:
-            self._generator.manual_seed(order.epoch_seed())
+            self._generator.manual_seed(self._worker_seed())
             return iter(self.loader)
         early, self._early = self._early, None
         if early is not None and early[0] == self._place() and self._up_to_date():
             return self._sent(self.crew, early[1], start, early=len(self.asked.asked))
         return self._sent(self.crew, self._begun(), start)
+
+    def _worker_seed(self) -> int:
+        """Return what torch seeds workers from: what they draw by themselves differs between processes, too."""
+        seed = self.order.epoch_seed()
+        return derived_seed(seed, "part", self._part) if self._part else seed
 
     def _here(self, start: int) -> Iterator[Any]:
         """Load batches in this process, without what torch's own iteration does around each."""
@@ -251,7 +258,7 @@ class Indexed:
         if self._idle and not self.asked.idle:
             self._idle = False
             return self._set_going(attributes["_iterator"])
-        self._generator.manual_seed(self.order.epoch_seed())
+        self._generator.manual_seed(self._worker_seed())
         self._idle = self.asked.idle
         return iter(self.loader)
 

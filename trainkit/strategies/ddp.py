@@ -58,8 +58,7 @@ class DDPStrategy(ParallelStrategy):
         world: World | None = None,
         **more: Any,
     ) -> None:
-        super().__init__(device, world, process_group_backend, timeout, step_timeout)
-        self.start_method = None if start_method == "popen" else start_method
+        super().__init__(device, world, process_group_backend, timeout, step_timeout, start_method)
         self.settings: dict[str, Any] = {
             "find_unused_parameters": find_unused_parameters,
             "static_graph": static_graph,

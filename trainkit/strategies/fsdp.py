@@ -91,8 +91,7 @@ class FSDPStrategy(ShardedStrategy):
         device: torch.device | str = "cpu",
         world: World | None = None,
     ) -> None:
-        super().__init__(device, world, process_group_backend, timeout)
-        self.start_method = None if start_method == "popen" else start_method
+        super().__init__(device, world, process_group_backend, timeout, start_method=start_method)
         self.cpu_offload = bool(getattr(cpu_offload, "offload_params", cpu_offload))
         self.mixed_precision = mixed_precision
         if activation_checkpointing is not None and activation_checkpointing_policy is not None:
@@ -121,8 +120,6 @@ class FSDPStrategy(ShardedStrategy):
         self.state_dict_type = state_dict_type
         self.sharded_checkpoints = state_dict_type == "sharded"
         self._mesh_given = device_mesh
-        self._roots: list[Any] = []
-        self._call: Callable[..., Any] | None = None
         self._checkpointed: list[nn.Module] = []
 
     # ---- the processes
@@ -242,11 +239,6 @@ class FSDPStrategy(ShardedStrategy):
             checkpointed(part)
 
     # ---- the step
-    @property
-    def roots(self) -> list[Any]:
-        """The modules with which FSDP begins."""
-        return self._roots
-
     def wrap(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a step through FSDP, after which each process has its piece alone."""
         return super().wrap(self._through(step))
@@ -261,16 +253,6 @@ class FSDPStrategy(ShardedStrategy):
         if isinstance(self._call, Root):
             self._call.listen(step, wishes)
         return self._through(step)
-
-    def _through(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        call = self._call
-        if call is None:
-            return step
-
-        def run(*args: Any) -> Any:
-            return call(step, *args)
-
-        return run
 
     def teardown(self, module: nn.Module) -> None:
         """Leave the module as it is spread, and let its parts keep their activations again."""

@@ -58,13 +58,10 @@ class ModelParallelStrategy(ShardedStrategy):
         device: torch.device | str = "cpu",
         world: World | None = None,
     ) -> None:
-        super().__init__(device, world, process_group_backend, timeout)
-        self.start_method = None if start_method == "popen" else start_method
+        super().__init__(device, world, process_group_backend, timeout, start_method=start_method)
         self.data_parallel_size = checked_size("data_parallel_size", data_parallel_size)
         self.tensor_parallel_size = checked_size("tensor_parallel_size", tensor_parallel_size)
         self.sharded_checkpoints = save_distributed_checkpoint
-        self._roots: list[Any] = []
-        self._call: Callable[..., Any] | None = None
         self._by_hand: list[nn.Parameter] = []
         self._wishes: Wishes | None = None
 
@@ -156,11 +153,6 @@ class ModelParallelStrategy(ShardedStrategy):
         return [parameter for parameter in module.parameters() if id(parameter) not in sharded]
 
     # ---- the step
-    @property
-    def roots(self) -> list[Any]:
-        """The modules with which FSDP begins."""
-        return self._roots
-
     def wrap(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a step after which each process has its piece alone."""
         step = self._through(step)
@@ -176,10 +168,6 @@ class ModelParallelStrategy(ShardedStrategy):
         if wishes is not None:
             wishes.carried = bool(self._by_hand) and self.world_size == self.shard[1]  # else not all hear of them
         return self._through(step)
-
-    def _through(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        call = self._call
-        return step if call is None else lambda *args: call(step, *args)
 
     def epoch_starts(self) -> None:
         """Find the parameters that learn and whose gradients FSDP does not average."""

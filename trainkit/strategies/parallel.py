@@ -52,6 +52,7 @@ class ParallelStrategy(Strategy):
             the first training step's end, and in all that is no training step.
         step_timeout: how long in a training step, once it is known how long these take; or 20 times as long as they
             do, if that is more. It is the Trainer's watchdog that knows. None: `timeout`, always.
+        start_method: how a Trainer that has to start processes itself does so, as with `DDPStrategy`.
     """
 
     parallel = True
@@ -63,8 +64,10 @@ class ParallelStrategy(Strategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         step_timeout: timedelta | None = timedelta(minutes=5),
+        start_method: str | None = None,
     ) -> None:
         super().__init__(device)
+        self.start_method = None if start_method == "popen" else start_method
         self.process_group_backend, self.timeout, self.step_timeout = process_group_backend, timeout, step_timeout
         self._waits = timeout
         self.world = world or World()

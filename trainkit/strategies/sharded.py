@@ -31,6 +31,11 @@ class ShardedStrategy(ParallelStrategy):
 
     sharded = True
 
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._roots: list[Any] = []
+        self._call: Callable[..., Any] | None = None  # what runs a step with parameters whole; None: the step does
+
     # ---- before the module's parts are spread
     def setup_environment(self) -> None:
         """Join the other processes, and arrange them as a mesh."""
@@ -77,7 +82,11 @@ class ShardedStrategy(ParallelStrategy):
     @property
     def roots(self) -> list[Any]:
         """The modules with which FSDP begins: none of them is a part of another one."""
-        raise NotImplementedError
+        return self._roots
+
+    def _through(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        call = self._call
+        return step if call is None else lambda *args: call(step, *args)
 
     def wrap(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a step that ends with each process having its piece alone, so that everybody else sees pieces."""

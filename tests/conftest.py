@@ -160,6 +160,13 @@ def _helper(name: str) -> Any:
 
 
 @pytest.fixture(scope="session")
+def telling() -> Callable[..., list[dict[str, Any]]]:
+    """Run a script as several processes and return what each told: `telling(2, source, *args, timeout=90)`."""
+    told: Callable[..., list[dict[str, Any]]] = _helper("processes").told
+    return told
+
+
+@pytest.fixture(scope="session")
 def processes() -> Callable[..., list[Any]]:
     """Run a script as several processes: `processes(2, source, *args, timeout=60)`; see tests/processes.py."""
     run: Callable[..., list[Any]] = _helper("processes").run

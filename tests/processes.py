@@ -16,6 +16,7 @@ be taken by somebody else. Starting them takes as long as importing torch: do a 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -125,3 +126,19 @@ def _wait(started: list[subprocess.Popen[bytes]], timeout: float) -> bool:
             if process.poll() is None:
                 os.killpg(process.pid, 9)
                 process.wait()
+
+
+def told(nproc: int, source: str, *args: object, timeout: float) -> list[dict[str, Any]]:
+    """Run a script in so many processes, and return what each told last, by rank: a line "told " and JSON.
+
+    One process is a plain `python -c source`.
+    """
+    if nproc == 1:
+        command = [sys.executable, "-c", source, *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        assert not done.returncode, done.stderr
+        outs = [done.stdout]
+    else:
+        outs = [result.out for result in run(nproc, source, *args, timeout=timeout)]
+    lines = [[line for line in out.splitlines() if line.startswith("told ")][-1] for out in outs]
+    return [json.loads(line.removeprefix("told ")) for line in lines]

@@ -66,19 +66,9 @@ Told = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture
-def told(processes: Callable[..., list[Any]]) -> Told:
-    """Run a body in so many processes and return what each of them told, by rank; one is a plain `python x.py`."""
-
-    def run(nproc: int, body: str, *args: str) -> list[dict[str, Any]]:
-        if nproc == 1:
-            command = [sys.executable, "-c", PREAMBLE + body, *args]
-            outs = [subprocess.run(command, capture_output=True, text=True, check=True, timeout=90).stdout]
-        else:
-            outs = [result.out for result in processes(nproc, PREAMBLE + body, *args, timeout=90)]
-        lines = [[line for line in out.splitlines() if line.startswith("told ")][-1] for out in outs]
-        return [json.loads(line.removeprefix("told ")) for line in lines]
-
-    return run
+def told(telling: Told) -> Told:
+    """Run a body in so many processes and return what each of them told, by rank; one is a plain `python -c`."""
+    return lambda nproc, body, *args: telling(nproc, PREAMBLE + body, *args, timeout=90)
 
 
 FIT = """

@@ -22,7 +22,7 @@ from trainkit.checkpoint.outcome import overdue
 from trainkit.errors import MisconfigurationException
 from trainkit.signals import NOTED
 from trainkit.strategies.ddp import Wishes
-from trainkit.strategies.parallel import leave_after_rank_zero
+from trainkit.strategies.group import leave_after_rank_zero
 from trainkit.taking_part import train_along
 
 if TYPE_CHECKING:

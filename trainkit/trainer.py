@@ -441,7 +441,6 @@ class Trainer(Status):
             self.sources.load_evaluation("val")
         if self.checkpoint is not None:
             restore.restore_run(self, self.checkpoint, Path(self.resume_path or ""))
-            self.strategy.optimizers_to_device(self.optimizers)
         elif self.global_rank > 0:
             seed_for_rank(self.global_rank)
         self.sources.prepare()

@@ -163,5 +163,5 @@ def test_nothing_else_in_the_package_unpickles_or_runs_text(checkout: Path) -> N
         "trainkit/checkpoint/foreign.py": {"torch.load"},
         "trainkit/data/failure.py": {"pickle.loads"},  # an error that a worker process of this run hands over
         "trainkit/launch_call.py": {"pickle.loads"},  # what processes of one run leave for each other in a 0700 folder
-        "trainkit/strategies/parallel.py": {"pickle.loads"},  # what rank 0 says, as torch's own object collectives do
+        "trainkit/strategies/group.py": {"pickle.loads"},  # what rank 0 says, as torch's own object collectives do
     }

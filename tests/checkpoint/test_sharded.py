@@ -93,6 +93,61 @@ def told(telling: Told) -> Told:
     return lambda nproc, body, *args: telling(nproc, PREAMBLE + body, *args, timeout=120)
 
 
+# ---- weights that are one
+TIED = """
+class Tied(Net):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 1))
+        self.net[2].weight = self.net[0].weight
+
+run = trainer(strategy=FSDPStrategy(state_dict_type="sharded"), max_epochs=1)
+run.fit(Tied(), data())
+run.save_checkpoint("tied.ckpt")
+again = trainer(strategy=FSDPStrategy(state_dict_type="sharded"), max_epochs=1)
+again.fit(Tied(), data(), ckpt_path="tied.ckpt")
+net = again.module.net
+tell(same=same(weights(again), weights(run)), tied=net[2].weight is net[0].weight)
+"""
+
+
+def test_tied_weights_are_written_once(told: Told) -> None:
+    assert all(rank["same"] and rank["tied"] for rank in told(2, TIED))
+    learned = 8 * 8 + 8 + 8 + 8 + 1
+    written = sum(Path(f"tied.ckpt/{rank}.data").stat().st_size for rank in range(2))
+    assert written == 4 * learned * 3  # with Adam's two
+    state = store.load("tied.ckpt")["state_dict"]
+    assert torch.equal(state["net.0.weight"], state["net.2.weight"])
+
+
+# ---- traps of torch's own state dicts of optimizers
+EARLY = """
+class Early(Callback):
+    def on_train_start(self, trainer, module):
+        trainer.save_checkpoint(f"{sys.argv[1]}.ckpt")
+
+class Counted(Net):
+    def configure_optimizers(self):
+        return torch.optim.NAdam(self.parameters(), lr=0.01)
+
+def fitted(*callbacks, **settings):
+    run = trainer(*callbacks, strategy=fsdp(sys.argv[1]), max_epochs=1)
+    run.fit(Counted(), data(), **settings)
+    counts = [state["step"] for state in run.optimizers[0].state.values()]
+    return weights(run), [int(count) for count in counts], len({count.data_ptr() for count in counts})
+
+expected, early, again = fitted(), fitted(Early()), fitted(ckpt_path=f"{sys.argv[1]}.ckpt")
+tell(same=[same(one[0], expected[0]) for one in (early, again)], steps=[one[1:] for one in (expected, early, again)])
+"""
+
+
+@pytest.mark.parametrize("form", ["full", "sharded"])
+def test_a_save_before_the_first_step_makes_no_step_and_each_parameter_counts_its_own(form: str, told: Told) -> None:
+    for rank in told(2, EARLY, form):
+        assert rank["same"] == [True, True]
+        assert rank["steps"] == [[[8] * 4, 4]] * 3
+
+
 # ---- a run
 RUN = """
 background = sys.argv[1] == "background"

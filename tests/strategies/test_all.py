@@ -96,3 +96,8 @@ def test_one_process_is_all_of_them(trainer: Trainer) -> None:
     assert torch.equal(strategy.reduce(tensor), tensor)
     assert strategy.reduce_boolean_decision(True)
     assert not strategy.reduce_boolean_decision(False, all=False)
+
+
+def test_a_strategy_is_a_small_class() -> None:
+    asked = [name for name, value in vars(Strategy).items() if callable(value) and not name.startswith("_")]
+    assert len(asked) <= 14

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from trainkit.strategies import DDPStrategy
+
 PREAMBLE = """
 import json, os, sys
 import torch
@@ -336,3 +338,80 @@ def test_what_is_left_at_the_end_of_an_epoch_counts_by_samples(told: Told, sampl
     assert several[0]["weights"] == several[1]["weights"] == several[2]["weights"]
     for name in ("weights", "val", "loss"):
         torch.testing.assert_close(torch.tensor(several[0][name]), torch.tensor(alone[name]), rtol=1e-5, atol=1e-6)
+
+
+HOOKED = """
+import warnings
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, post_localSGD_hook, powerSGD_hook
+from trainkit.strategies import DDPStrategy
+
+
+def alone(state, bucket):  # averages nothing
+    made = torch.futures.Future()
+    made.set_result(bucket.buffer())
+    return made
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 6 and trainer.global_rank == 1:
+            trainer.should_stop = True
+
+
+def fitted(stop=False, state=None, hook=None, period=None, ckpt_path=None, **settings):
+    callbacks = [Stop()] if stop else []
+    strategy = DDPStrategy(ddp_comm_state=state, ddp_comm_hook=hook, model_averaging_period=period)
+    t, module = trainer(strategy=strategy, callbacks=callbacks, log_every_n_steps=5, **settings), Net()
+    t.fit(module, data(), ckpt_path=ckpt_path)
+    t.save_checkpoint("end.ckpt")
+    return {"weights": weights(module), "step": t.global_step}
+
+
+def power():
+    return powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=2)
+
+
+def local():
+    return post_localSGD_hook.PostLocalSGDState(None, None, 3, False)
+
+
+told = {
+    "none": fitted(),
+    "fp16": fitted(hook=default_hooks.fp16_compress_hook, stop=True, max_epochs=4),
+    "power": fitted(state=power(), hook=powerSGD_hook.powerSGD_hook),
+    "own": fitted(hook=alone, stop=True, max_epochs=4),
+    "averaged": fitted(state=local(), hook=post_localSGD_hook.post_localSGD_hook, period=4),
+    "not yet": fitted(state=local(), hook=post_localSGD_hook.post_localSGD_hook, period=4, max_steps=15),
+}
+with warnings.catch_warnings(record=True) as heard:
+    warnings.simplefilter("always")
+    fitted(state=power(), hook=powerSGD_hook.powerSGD_hook, max_epochs=3, ckpt_path="end.ckpt")
+warned = [str(warning.message) for warning in heard if "PowerSGDState" in str(warning.message)]
+tell(warned=warned, **told)
+"""
+
+
+def test_hooks_of_torch_take_part_in_averaging_gradients(told: Told) -> None:
+    first, second = told(2, HOOKED)
+    for warned in (first.pop("warned"), second.pop("warned")):
+        assert len(warned) == 1
+        assert "not to the last bit" in warned[0]
+    assert {name for name in first if first[name]["weights"] == second[name]["weights"]} == {
+        "none", "fp16", "power", "averaged"
+    }  # fmt: skip
+    assert {name: one["step"] for name, one in first.items()} == {name: one["step"] for name, one in second.items()}
+    assert first["fp16"]["step"] == 7  # as soon as one of them wants
+    assert first["own"]["step"] == 8  # which carries no wishes: they ask each other when the epoch is over
+    assert first["power"]["weights"] == pytest.approx(first["none"]["weights"], abs=0.5)
+
+
+@pytest.mark.parametrize("given", [{"model_averaging_period": 4}, {"ddp_comm_state": "PostLocalSGDState"}])
+def test_averaging_weights_needs_the_period_and_the_state(given: dict[str, Any]) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
+
+    made = {
+        name: PostLocalSGDState(None, None, 3) if value == "PostLocalSGDState" else value
+        for name, value in given.items()
+    }
+    with pytest.raises(ValueError, match="belong together"):
+        DDPStrategy(**made)

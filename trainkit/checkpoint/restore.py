@@ -200,6 +200,9 @@ def _restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> No
     for optimizer in trainer.optimizers:
         if optimizer.state:  # or schedules would warn that they moved before it, which happened in another process
             optimizer._opt_called = True  # type: ignore[attr-defined]
+        _state_beside_parameters(optimizer)
+    if trainer.strategy.unsaved is not None:
+        warn(f"the run goes on from its checkpoint, but not to the last bit: {trainer.strategy.unsaved} is not in it.")
     if trainer.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
         warn(
             "the run goes on from its checkpoint, but not to the last bit: some of cuda's kernels add up in any order. "
@@ -211,6 +214,14 @@ def _restore_run(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> No
             f"{path} was written after {done} epochs, more than Trainer(max_epochs={limit}) allows: epochs are "
             f"counted from the beginning of the run. To go on training, set max_epochs above {done}."
         )
+
+
+def _state_beside_parameters(optimizer: Optimizer) -> None:
+    """Bring an optimizer's state to the device of its parameters; step counters stay where they are."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and name != "step" and value.device != parameter.device:
+                state[name] = value.to(parameter.device)
 
 
 def _check_optimizers(optimizers: list[Optimizer], saved: list[dict[str, Any]], path: Path) -> None:

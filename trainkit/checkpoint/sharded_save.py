@@ -82,11 +82,13 @@ class _Encoder(Encoder):
         super().__init__()
         self.records: dict[int, str] = {}
         self.stand_ins: list[Tensor] = []
+        self.memory: dict[tuple[Any, ...], Tensor] = {}  # what stands in for it; tied weights are written once
 
     def stand_in(self, tensor: Any, record: str) -> Tensor:
         made = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
         self.stand_ins.append(made)  # lives as long as its number has a meaning
         self.records[made.untyped_storage()._cdata] = record
+        self.memory[_memory(tensor)] = made
         return made
 
     def _strided(self, tensor: Tensor) -> tuple[Tensor, Any]:
@@ -102,6 +104,8 @@ class _Encoder(Encoder):
 
 def _replaced(value: Any, spread: dict[str, Any], encoder: _Encoder, path: str) -> Any:
     if is_spread(value):
+        if (tied := encoder.memory.get(_memory(value))) is not None:
+            return tied
         record = path = SPREAD + path
         while record in spread:  # two keys that are written alike, as 1 and "1"
             record = f"{path}#{len(spread)}"
@@ -119,6 +123,12 @@ def _replaced(value: Any, spread: dict[str, Any], encoder: _Encoder, path: str) 
             _replaced(item, spread, encoder, f"{path}/{index}".strip("/")) for index, item in enumerate(value)
         )
     return value
+
+
+def _memory(tensor: Any) -> tuple[Any, ...]:
+    """Return what two spread tensors have in common if they are one: where this process's part of them lies."""
+    local = tensor.detach().to_local()
+    return local.untyped_storage()._cdata, local.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _as_bytes(storage: UntypedStorage) -> Tensor:

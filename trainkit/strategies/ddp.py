@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -11,9 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors
+from torch.optim import Optimizer
 
 from trainkit.strategies.parallel import ParallelStrategy
 from trainkit.world import World
+
+HOOKS = "torch.distributed.algorithms.ddp_comm_hooks"
+COMPLETE = (f"{HOOKS}.default_hooks", f"{HOOKS}.powerSGD_hook")
+"""Where hooks of torch's are that average over all processes."""
 
 
 class DDPStrategy(ParallelStrategy):
@@ -29,6 +34,8 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_state: what the hook is called with first.
         ddp_comm_hook: replaces the averaging, as `DistributedDataParallel.register_comm_hook` says.
         ddp_comm_wrapper: takes the hook and returns one, for example to compress what it sends.
+        model_averaging_period: with torch's `PostLocalSGDState` as `ddp_comm_state`: after how many updates the weights
+            of all processes are averaged. Reference: Lin et al., "Don't Use Large Mini-Batches, Use Local SGD", 2020.
         process_group_backend: torch's name of it; None takes nccl for cuda beside gloo for the host, gloo elsewhere.
         timeout: how long a process waits for the others before that is an error, where nobody knows better: up to
             the first training step's end, and in all that is no training step.
@@ -38,6 +45,9 @@ class DDPStrategy(ParallelStrategy):
         device: where this process's module and batches live; the Trainer says so.
         world: the processes; the Trainer says so.
         more: further arguments of `torch.nn.parallel.DistributedDataParallel`.
+
+    Raises:
+        ValueError: one of `model_averaging_period` and a `PostLocalSGDState` without the other.
     """
 
     def __init__(
@@ -50,6 +60,7 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_state: object | None = None,
         ddp_comm_hook: Callable[..., Any] | None = None,
         ddp_comm_wrapper: Callable[..., Any] | None = None,
+        model_averaging_period: int | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         step_timeout: timedelta | None = timedelta(minutes=5),
@@ -67,9 +78,19 @@ class DDPStrategy(ParallelStrategy):
             **more,
         }
         self.hook = (ddp_comm_state, ddp_comm_hook, ddp_comm_wrapper)
+        if (model_averaging_period is not None) != (type(ddp_comm_state).__name__ == "PostLocalSGDState"):
+            raise ValueError(
+                "model_averaging_period and ddp_comm_state=PostLocalSGDState(...) belong together: the one says how "
+                f"often weights are averaged, the other from when on gradients are not. Received: "
+                f"model_averaging_period={model_averaging_period!r}, ddp_comm_state={ddp_comm_state!r}."
+            )
+        self.model_averaging_period = model_averaging_period
+        if ddp_comm_state is not None:
+            self.unsaved = f"what the gradients' hook remembers ({type(ddp_comm_state).__name__})"
         self.model: DistributedDataParallel | None = None
         """The module as DDP has it while it is trained; None when none of its parameters learns."""
         self._trained: list[int] = []
+        self._averaging: list[Any] = []
 
     # ---- the step
     def wrap_training(
@@ -78,9 +99,28 @@ class DDPStrategy(ParallelStrategy):
         """Return the training step as the loop calls it: through DDP, which averages its gradients in backward."""
         self._steps = Steps(module, step, wishes)
         if wishes is not None:
-            wishes.carried = True
+            wishes.carried = self._reaches_all()
         self._wrap()
         return self._step
+
+    def _reaches_all(self) -> bool:
+        """Whether what goes with the gradients comes to all processes: not by a hook of which nobody knows."""
+        _, hook, _ = self.hook
+        return hook is None or (hook.__module__ in COMPLETE and hook.__name__ != "noop_hook")
+
+    def optimizers_made(self, optimizers: Iterable[Optimizer]) -> None:
+        """Average weights every so many updates, where gradients are not averaged over all processes."""
+        if self.model_averaging_period is None:
+            return
+        from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+        first: Any = self.hook[0]
+        for optimizer in optimizers:
+            averager = PeriodicModelAverager(self.model_averaging_period, first.start_localSGD_iter)
+            made = optimizer.register_step_post_hook(
+                lambda stepped, *_, averager=averager: averager.average_parameters(stepped.param_groups)
+            )
+            self._averaging.append(made)
 
     def _wrap(self) -> None:
         learning = [p for p in self._steps.module.parameters() if p.requires_grad]
@@ -159,6 +199,8 @@ class DDPStrategy(ParallelStrategy):
         """Let DDP go, and give an accelerator's memory back."""
         self.model = None
         self.__dict__.pop("_steps", None)
+        while self._averaging:
+            self._averaging.pop().remove()
         super().teardown(module)
 
 

@@ -59,6 +59,8 @@ class FSDPStrategy(ShardedStrategy):
         use_orig_params: kept for Lightning's signature; parameters are always the module's own.
         process_group_backend: torch's name of it; None takes nccl for cuda beside gloo for the host, gloo elsewhere.
         timeout: how long a process waits for the others before that is an error.
+        step_timeout: the same inside of training steps; or 20 times as long as they take, if that is more. None:
+            `timeout`.
         start_method: how a Trainer that has to start processes itself does so, as with DDPStrategy.
         device: where this process's module and batches live; the Trainer says so.
         world: the processes; the Trainer says so.
@@ -87,11 +89,12 @@ class FSDPStrategy(ShardedStrategy):
         use_orig_params: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        step_timeout: timedelta | None = timedelta(minutes=5),
         start_method: str | None = None,
         device: torch.device | str = "cpu",
         world: World | None = None,
     ) -> None:
-        super().__init__(device, world, process_group_backend, timeout, start_method=start_method)
+        super().__init__(device, world, process_group_backend, timeout, step_timeout, start_method)
         self.cpu_offload = bool(getattr(cpu_offload, "offload_params", cpu_offload))
         self.mixed_precision = mixed_precision
         if activation_checkpointing is not None and activation_checkpointing_policy is not None:

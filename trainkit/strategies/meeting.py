@@ -11,10 +11,11 @@ that rank 0 makes up, and that it tells to those only who are there with it now:
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -26,6 +27,16 @@ SHORTEST, LONGEST = 0.001, 0.1  # seconds between two looks
 
 word = ""
 """What the processes of this start have in common, for whoever talks to that store beside them; "" before they meet."""
+
+
+def looks(seconds: float = math.inf) -> Iterator[None]:
+    """Look into a store again and again, and ever more seldom, until whoever looks has seen enough or time is over."""
+    until, wait = time.monotonic() + seconds, SHORTEST
+    yield
+    while time.monotonic() < until:
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST)
+        yield
 
 
 def store_of(world: World, timeout: timedelta, environ: Mapping[str, str] = os.environ) -> Store | None:
@@ -57,10 +68,10 @@ def meet(store: Store, rank: int, size: int, timeout: timedelta) -> str:
     Raises:
         TimeoutError: they did not come.
     """
-    own, until, wait = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds(), SHORTEST
+    own = uuid.uuid4().hex
     store.set(f"{ROOT}/here/{size}/{rank}", own)
     told: dict[int, bytes] = {}
-    while time.monotonic() < until:
+    for _ in looks(timeout.total_seconds()):
         if rank > 0 and store.check([f"{ROOT}/told/{own}"]):
             word: str = store.get(f"{ROOT}/told/{own}").decode()
             store.add(f"{ROOT}/{word}/came", 1)
@@ -69,8 +80,6 @@ def meet(store: Store, rank: int, size: int, timeout: timedelta) -> str:
             _tell(store, own, size, told)
             if store.add(f"{ROOT}/{own}/came", 0) == size - 1:
                 return own
-        time.sleep(wait)
-        wait = min(2 * wait, LONGEST)
     raise TimeoutError(
         f"rank {rank} has waited {timeout.total_seconds():g} s for the other {size - 1} processes of this run, which "
         "did not come. Their own errors say why; a longer time is DDPStrategy(timeout=...)."

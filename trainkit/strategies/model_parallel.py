@@ -38,6 +38,11 @@ class ModelParallelStrategy(ShardedStrategy):
         save_distributed_checkpoint: save a directory that all processes write together; False saves one file.
         process_group_backend: torch's name of it; None takes nccl for cuda beside gloo for the host, gloo elsewhere.
         timeout: how long a process waits for the others before that is an error.
+        step_timeout: the same inside of training steps; or 20 times as long as they take, if that is more. None:
+            `timeout`.
+        start_method: how a Trainer that has to start processes itself does so, as with DDPStrategy.
+        device: where this process's module and batches live; the Trainer says so.
+        world: the processes; the Trainer says so.
 
     Example:
         >>> def configure_model(self):
@@ -54,11 +59,12 @@ class ModelParallelStrategy(ShardedStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         *,
+        step_timeout: timedelta | None = timedelta(minutes=5),
         start_method: str | None = None,
         device: torch.device | str = "cpu",
         world: World | None = None,
     ) -> None:
-        super().__init__(device, world, process_group_backend, timeout, start_method=start_method)
+        super().__init__(device, world, process_group_backend, timeout, step_timeout, start_method)
         self.data_parallel_size = checked_size("data_parallel_size", data_parallel_size)
         self.tensor_parallel_size = checked_size("tensor_parallel_size", tensor_parallel_size)
         self.sharded_checkpoints = save_distributed_checkpoint

@@ -97,6 +97,7 @@ def on_a_terminal(command: list[str], folder: str) -> tuple[int, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "BENCH_STARTED": repr(time.time()),
+        "PYTHONDONTWRITEBYTECODE": "",  # modules are compiled once, as where people work, and not at each start
     }
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs

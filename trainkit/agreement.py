@@ -23,7 +23,7 @@ from trainkit.errors import MisconfigurationException
 from trainkit.signals import NOTED
 from trainkit.strategies.ddp import Wishes
 from trainkit.strategies.group import leave_after_rank_zero
-from trainkit.taking_part import train_along
+from trainkit.taking_part import go_along, train_along
 
 if TYPE_CHECKING:
     from trainkit.trainer import Trainer
@@ -64,12 +64,8 @@ class Agreement:
         """
         train, epoch = self.trainer.sources.train, self.trainer.progress.epoch
         strategy = self.trainer.strategy
-        self._lacking = train.lacking(epoch, batch_idx)
-        if self._lacking and not self.trainer.module.automatic_optimization:
-            raise MisconfigurationException(
-                f"batch {batch_idx} has fewer samples than there are processes, and with manual optimization only "
-                "training_step knows how gradients are averaged. Use drop_last=True, or a batch size that fits."
-            )
+        # with manual optimization one without a sample takes part, since training_step alone knows what is averaged
+        self._lacking = train.lacking(epoch, batch_idx) and self.trainer.module.automatic_optimization
         self._by_hand = averages and (strategy.averages_by_hand or (self._lacking and not strategy.sharded))
         self._share = train.share(epoch, batch_idx)
         strategy.sync(averages and (strategy.sharded or not self._by_hand), self._lacking)
@@ -83,7 +79,7 @@ class Agreement:
         return loss if self._share == 1.0 else loss * self._share
 
     def end_batch(self, loss: Tensor | None, empty: bool, training_step: Callable[..., Any]) -> bool:
-        """Average gradients where some process has no backward that does so; return whether there are some.
+        """Average gradients where some process has no backward that does so; return whether the loop has some to use.
 
         Args:
             loss: of this process's samples.
@@ -93,6 +89,11 @@ class Agreement:
         Raises:
             MisconfigurationException: a process has left its batch out, and the others would wait for it.
         """
+        if not self.trainer.module.automatic_optimization:
+            if empty:
+                go_along(self.trainer, training_step, self.trainer.batch_idx)
+            self._share = 1.0  # for a backward outside of the step
+            return False
         if loss is None and not empty:
             raise MisconfigurationException(
                 f"training_step returned None on rank {self.trainer.global_rank} (batch {self.trainer.batch_idx}): "

@@ -106,7 +106,7 @@ def fit(trainer: Trainer) -> None:
                 gradients = True
                 if replay is not None:
                     replay.remember(batch, batch_idx)
-            if agreement is not None and automatic:
+            if agreement is not None:
                 gradients |= agreement.end_batch(loss, empty, training_step)
             computed = now()
 

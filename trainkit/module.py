@@ -196,13 +196,18 @@ class Module(DataHooks, Logs, HyperParameters, Exports, nn.Module):
         return None if not found else found[0] if len(found) == 1 else found
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Run the backward pass in the run's precision; for manual optimization."""
+        """Run the backward pass in the run's precision; for manual optimization.
+
+        Of several processes each counts by the samples that it has of the batch.
+        """
         trainer = self.trainer
         if self.automatic_optimization:
             raise MisconfigurationException(
                 "self.manual_backward(loss) is for manual optimization: set self.automatic_optimization = False in "
                 "__init__, or leave the call out and return the loss."
             )
+        if trainer.agreement is not None:
+            loss = trainer.agreement.weigh(loss)
         trainer.hooks.on_before_backward(loss)
         if trainer.agreement is not None:
             trainer.strategy.prepare_backward(loss)

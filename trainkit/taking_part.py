@@ -1,8 +1,9 @@
-"""Taking part in a step without a sample of one's own, where parameters are spread over processes.
+"""Taking part in a step without a sample of one's own.
 
-Each forward and backward needs the pieces that all processes have. So one that has no sample of a batch, or whose
-evaluation is over earlier, goes through the step with a sample of another process: its loss weighs nothing, what it
-logs is nowhere, and no hook hears of it.
+Where parameters are spread over processes, each forward and backward needs the pieces that all of them have; with
+manual optimization only the step knows how often gradients are averaged. So a process that has no sample of a batch, or
+whose evaluation is over earlier, goes through the step with a sample of another one: its loss weighs nothing, what it
+logs is nowhere, and no hook of a batch hears of it.
 """
 
 from __future__ import annotations
@@ -40,13 +41,18 @@ def unheard(trainer: Trainer) -> Iterator[None]:
             part.__dict__["_run_metrics"] = trainer.metrics
 
 
-def train_along(trainer: Trainer, training_step: Step, batch_idx: int) -> Tensor:
-    """Go through a training step whose loss weighs nothing, and return that loss: it is zero."""
+def go_along(trainer: Trainer, training_step: Step, batch_idx: int) -> Any:
+    """Go through a training step with a sample of another process, and return what it returned."""
     batch = trainer.sources.train.stand_in(trainer.progress.epoch, batch_idx)
     if trainer.transfer is not None:
         batch = trainer.transfer(batch, 0)
     with unheard(trainer):
-        output = training_step(batch, batch_idx)
+        return training_step(batch, batch_idx)
+
+
+def train_along(trainer: Trainer, training_step: Step, batch_idx: int) -> Tensor:
+    """Go through a training step whose loss weighs nothing, and return that loss: it is zero."""
+    output = go_along(trainer, training_step, batch_idx)
     loss: Tensor = output["loss"] if isinstance(output, dict) else output
     return loss * 0.0
 

@@ -248,19 +248,29 @@ class Manual(Net):
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
+        self.log("loss", loss, on_step=False, on_epoch=True)
 
-module = Manual()
-t = trainer(log_every_n_steps=1)
-t.fit(module, data())
-tell(weights=weights(module), step=t.global_step)
+for samples in (96, 27, 25):  # in the last batch: 12, 3 and 1
+    module = Manual()
+    t = trainer(log_every_n_steps=1)
+    t.fit(module, data(samples))
+    tell(weights=weights(module), step=t.global_step, loss=t.callback_metrics["loss"].item())
 """
 
 
-def test_manual_optimization_averages_gradients_in_each_backward(told: Told) -> None:
-    (alone,) = told(1, MANUAL)
-    both = told(2, MANUAL)
-    assert both[0] == both[1]
-    torch.testing.assert_close(torch.tensor(both[0]["weights"]), torch.tensor(alone["weights"]))
+@pytest.mark.parametrize("number", [2, 3])
+def test_manual_optimization_averages_gradients_in_each_backward(number: int, processes: Callable[..., Any]) -> None:
+    alone, *several = (
+        [json.loads(line.removeprefix("told ")) for line in rank.out.splitlines() if line.startswith("told ")]
+        for count in (1, number)
+        for rank in processes(count, PREAMBLE + MANUAL, timeout=90)
+    )
+    assert all(rank == several[0] for rank in several)
+    assert len(alone) == 3
+    for here, there in zip(alone, several[0], strict=True):
+        assert here["step"] == there["step"]
+        assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
+        torch.testing.assert_close(torch.tensor(here["weights"]), torch.tensor(there["weights"]), atol=1e-5, rtol=1e-5)
 
 
 RESUME = """

@@ -318,7 +318,8 @@ def test_state_that_lies_otherwise_than_its_parameter_is_laid_as_it_is(tmp_path:
     Trainer(**QUIET, fused_optimizers=True).fit(module, loader(), ckpt_path=path)
     with pytest.warns(UserWarning, match="bits"):
         Trainer(**QUIET, fused_optimizers=False).fit(plain, loader(), ckpt_path=path)
-    assert all(map(torch.equal, weights(module), weights(plain)))
+    for one, other in zip(weights(module), weights(plain), strict=True):
+        torch.testing.assert_close(one, other)  # the last bit is that of the cpu's kernel
 
 
 def test_schedules_and_copies_of_an_optimizer_work() -> None:

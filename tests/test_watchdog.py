@@ -117,6 +117,7 @@ print([thread.name for thread in threading.enumerate() if "watchdog" in thread.n
     assert "watchdog: " not in ranks[1].err + ranks[2].err
 
 
+@pytest.mark.slow
 def test_what_is_no_step_may_take_longer(processes: Callable[..., Any]) -> None:
     body = """
 class Slow(Callback):

@@ -115,7 +115,7 @@ def compared(whole: Path, killed: Path) -> None:
         assert found == expected, logger
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_each_step_is_there_once_after_kills_at_chosen_steps(
     asynchronous: bool, tmp_path: Path, checkout: Path
 ) -> None:

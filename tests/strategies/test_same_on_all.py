@@ -126,7 +126,7 @@ def told(results: list[Any]) -> list[list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    ("first", "last"), [(0, 8), pytest.param(8, 90, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    ("first", "last"), [(0, 4), pytest.param(4, 90, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
 def test_drawn_settings_come_to_the_same_on_any_number_of_processes(
     first: int, last: int, processes: Callable[..., Any]
